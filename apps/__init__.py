@@ -1,0 +1,1 @@
+"""Use it: the command line and what people touch."""

@@ -1,0 +1,1 @@
+"""Make it portable: from a checkpoint folder to an ONNX bundle."""

@@ -1,0 +1,1 @@
+"""Know it: devices, forecasts, measurements, accuracy."""

@@ -1,0 +1,1 @@
+"""Make a small model accurate: quantize, compensate, distill."""

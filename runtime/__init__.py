@@ -1,0 +1,1 @@
+"""Run it: devices, sessions, chat, on ONNX Runtime GenAI."""
