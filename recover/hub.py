@@ -80,7 +80,7 @@ def _listing(hub_id: str, folder: Path) -> list[Any]:
 def _snapshot(hub_id: str, folder: Path, *, revision: str | None = None, dry_run: bool = False) -> Any:
     import huggingface_hub
     from huggingface_hub import errors
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     try:

@@ -1,0 +1,123 @@
+"""The command `rlkit`: one table of commands; a command's module is imported only when that command is called.
+
+Typer wants every function to draw the list of commands, so commands that are not called stand in as empty functions
+with the table's line as their help. That keeps `rlkit --help` from importing what the commands need.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from rlkit.apps import errors
+
+ABOUT = (
+    "Make a language model small, accurate and fast on this computer: quantize, recover, export, run, profile.\n\n"
+    "First steps: rlkit demo. A MODEL is an asset name (rlkit assets), a hub id, a Hugging Face folder, "
+    "a .gguf file, or a folder that rlkit made. Exit codes: 0 ok, 1 failed, 2 bad usage or input, 130 interrupted."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Where a command's function lives, its line in the list, and its part of the list."""
+
+    function: str
+    line: str
+    panel: str
+
+
+COMMANDS = {
+    "demo": Command("rlkit.apps.demo:demo", "The whole path on a small real model, ending in a report.", "Start here"),
+    "assets": Command("rlkit.apps.get:assets", "List the named models and texts.", "Models"),
+    "pull": Command("rlkit.apps.get:pull", "Download a named model or text, or a model of the hub.", "Models"),
+    "inspect": Command("rlkit.apps.get:inspect", "Say what a model is: shape, bits and bytes.", "Models"),
+    "recover": Command("rlkit.apps.make:recover", "Quantize a model and recover its accuracy.", "Make"),
+    "export": Command("rlkit.apps.make:export", "Turn a checkpoint into an ONNX bundle.", "Make"),
+    "run": Command("rlkit.apps.talk:run", "Complete or answer one prompt.", "Use"),
+    "chat": Command("rlkit.apps.talk:chat", "Talk with a bundle in the terminal.", "Use"),
+    "bench": Command("rlkit.apps.speed:bench", "Measure time to first token, tokens/s and memory.", "Know"),
+    "forecast": Command("rlkit.apps.speed:forecast", "Forecast the speed from the model's shape.", "Know"),
+}
+
+
+def load(command: Command) -> Callable[..., Any]:
+    """Import a command's function."""
+    module, _colon, name = command.function.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def build(arguments: Sequence[str]) -> typer.Typer:
+    """The application for these arguments: only the command they name is imported."""
+    app = typer.Typer(help=ABOUT, add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(_options)
+    called = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        function = load(command) if name == called else _elsewhere
+        described = command.line if function is _elsewhere else None
+        app.command(name, help=described, short_help=command.line, rich_help_panel=command.panel)(function)
+    return app
+
+
+def _elsewhere() -> None:
+    """Stands in for a command that is not called."""
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda asked: _version(asked), help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"rlkit {version('rlkit-edge')}")
+        raise typer.Exit
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line (none means --help); errors are printed, the exit code is returned."""
+    words = list(arguments) or ["--help"]
+    try:
+        code = typer.main.get_command(build(words)).main(words, prog_name="rlkit", standalone_mode=False)
+    except typer.TyperException as error:  # bad usage: the parser's own words
+        return _bad_usage(error)
+    except (Exception, KeyboardInterrupt) as error:
+        return errors.report(error)
+    if code == errors.ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this code
+        return errors.report(KeyboardInterrupt())
+    return code if isinstance(code, int) else errors.ExitCode.OK
+
+
+def _bad_usage(error: typer.TyperException) -> int:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "rlkit"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    print(f"error: {message}; see `{path} --help`", file=sys.stderr)
+    return errors.ExitCode.BAD_INPUT
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run(sys.argv[1:]))
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
