@@ -8,7 +8,7 @@ import typer
 
 from rlkit.apps import console
 from rlkit.recover import assets as store
-from rlkit.recover import hub, inventory, source
+from rlkit.recover import contents, hub, source
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
@@ -87,7 +87,7 @@ def inspect(
 
     Example: rlkit inspect smollm2-135m
     """
-    facts = inventory.describe(source.resolve(model))
+    facts = contents.describe(source.resolve(model))
     if json:
         console.emit_json(facts)
         return
