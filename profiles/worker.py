@@ -1,0 +1,152 @@
+"""The process that runs one bundle and nothing else, so that its peak memory is the bundle's; and its other end.
+
+    python -m rlkit.profiles.worker BUNDLE DEVICE THREADS        (THREADS 0: as the bundle says)
+
+One JSON object per line: the worker says {"ready": true} once loaded, then answers {"prompt_ids": [...], "new_tokens":
+n} with {"seconds": [...]} and {"peak": true} with {"peak_nbytes": n}; {"error": text} says what went wrong. It ends
+when its input does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlkit.profiles.bench import Generate
+
+
+def peak_nbytes() -> int | None:
+    """The largest resident memory this process has had; None where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: what it reports survives exec, so a small child of a large parent would look large.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "darwin":
+        import resource
+
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return None
+
+
+def answer(generate: Generate, lines: Iterable[str], say: Callable[[dict[str, Any]], None]) -> None:
+    """Answer requests until there are no more; a failed request is reported and ends the work."""
+    say({"ready": True})
+    for line in lines:
+        request = json.loads(line)
+        if "prompt_ids" in request:
+            say({"seconds": list(generate(request["prompt_ids"], request["new_tokens"]))})
+        else:
+            say({"peak_nbytes": peak_nbytes()})
+
+
+class Worker:
+    """The measuring end of one worker process."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str], errors: Path) -> None:
+        self.name = name
+        self._process = process
+        self._errors = errors
+
+    def wait_ready(self) -> None:
+        """Return once the bundle is loaded."""
+        self._receive()
+
+    def generate(self, prompt_ids: list[int], new_tokens: int) -> Iterator[float]:
+        """Seconds of each token of one generation; they arrive together, so that pipes cost no time in between."""
+        yield from self._ask({"prompt_ids": prompt_ids, "new_tokens": new_tokens})["seconds"]
+
+    def peak_nbytes(self) -> int | None:
+        """Peak memory of the process so far."""
+        peak: int | None = self._ask({"peak": True})["peak_nbytes"]
+        return peak
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise self._failure("it ended") from error
+        return self._receive()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._failure("it ended")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise self._failure(reply["error"])
+        return reply
+
+    def _failure(self, why: str) -> ChildProcessError:
+        tail = self._errors.read_text(errors="replace").strip().splitlines()[-1:]
+        said = f" ({tail[0]})" if tail and tail[0] not in why else ""
+        return ChildProcessError(f"the process measuring {self.name} failed: {why}{said}")
+
+
+def command(bundle: Path, device: str = "cpu", threads: int | None = None) -> list[str]:
+    """The command line of a worker."""
+    return [sys.executable, "-m", "rlkit.profiles.worker", str(bundle), device, str(threads or 0)]
+
+
+@contextlib.contextmanager
+def start(name: str, argv: Sequence[str]) -> Iterator[Worker]:
+    """Run a worker for the length of the block; it is ended however the block ends."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        errors = Path(folder, "stderr.txt")
+        with errors.open("w") as stderr:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8"
+            )
+        try:
+            worker = Worker(name, process, errors)
+            worker.wait_ready()
+            yield worker
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Load the bundle and answer requests on standard input."""
+    from rlkit.runtime.session import open_session
+
+    # The runtime may print; only answers may reach the pipe, so everything else goes to standard error.
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+
+    def say(reply: dict[str, Any]) -> None:
+        print(json.dumps(reply), file=pipe)
+
+    bundle, device, threads = argv
+    try:
+        session = open_session(Path(bundle), device=device, threads=int(threads) or None)
+
+        def generate(prompt_ids: list[int], new_tokens: int) -> Iterator[float]:
+            tokens = session.generate(prompt_ids, new_tokens, ignore_stop=True)
+            return (token.seconds for token in tokens)
+
+        answer(generate, sys.stdin, say)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
