@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlkit.export import bundle
-from rlkit.export.contents import Adapter, Contents, adapter_tensor, read_checkpoint
-from rlkit.export.plan import EXACT, Plan, plan_contents
+from rlkit.export.inventory import Adapter, Inventory, adapter_tensor, read_checkpoint
+from rlkit.export.plan import EXACT, Plan, plan_inventory
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing
 from rlkit.recover.progress import Progress, Tell, silent
 
@@ -56,20 +56,20 @@ def export_bundle(  # noqa: PLR0913, the options of one command
     refuse_existing(out, force=force)
     if out.resolve() == checkpoint.resolve():
         raise ValueError(f"{out} is the checkpoint itself; choose another -o")
-    contents = read_checkpoint(checkpoint)
-    plan = plan_contents(contents, target=target, accuracy_level=accuracy_level)
+    inventory = read_checkpoint(checkpoint)
+    plan = plan_inventory(inventory, target=target, accuracy_level=accuracy_level)
     settings = bundle.Settings(plan, threads)
     need_space(out.parent, 2 * plan.nbytes + _SPARE_NBYTES)
     with fresh_folder(out, force=force) as work:
         built = work / ".build"
-        _run_builder(checkpoint, contents, plan, built, tell)
-        tensors = _finish_graph(checkpoint, contents, plan, built, work, tell)
-        bundle.finish(bundle.Parts(work, built, checkpoint, contents, tensors), settings, measure=measure, tell=tell)
+        _run_builder(checkpoint, inventory, plan, built, tell)
+        tensors = _finish_graph(checkpoint, inventory, plan, built, work, tell)
+        bundle.finish(bundle.Parts(work, built, checkpoint, inventory, tensors), settings, measure=measure, tell=tell)
     return out
 
 
 def _finish_graph(
-    checkpoint: Path, contents: Contents, plan: Plan, built: Path, work: Path, tell: Tell
+    checkpoint: Path, inventory: Inventory, plan: Plan, built: Path, work: Path, tell: Tell
 ) -> list[dict[str, Any]]:
     from rlkit.export import graph, lint
 
@@ -77,7 +77,7 @@ def _finish_graph(
     model = graph.load(built / bundle.MODEL)
     graph.square_scales(model)
     graph.set_accuracy_level(model, plan.accuracy_level)
-    for adapter, a, b in _adapters(checkpoint, contents):
+    for adapter, a, b in _adapters(checkpoint, inventory):
         graph.add_adapter(model, adapter, a, b, level=plan.accuracy_level)
     graph.save(model, work / bundle.MODEL)
     tensors = [tensor.to_json() for tensor in graph.stored_tensors(model)]
@@ -91,21 +91,21 @@ def _finish_graph(
 
 
 def _adapters(
-    checkpoint: Path, contents: Contents
+    checkpoint: Path, inventory: Inventory
 ) -> Iterator[tuple[Adapter, NDArray[np.float32], NDArray[np.float32]]]:
     from safetensors.numpy import load_file
 
-    if not contents.adapters:
+    if not inventory.adapters:
         return
     stored = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
-    for module, adapter in contents.adapters.items():
+    for module, adapter in inventory.adapters.items():
         a, b = (stored[adapter_tensor(module, letter)].astype(np.float32) for letter in "AB")
         yield adapter, a, b
 
 
-def _run_builder(checkpoint: Path, contents: Contents, plan: Plan, built: Path, tell: Tell) -> None:
+def _run_builder(checkpoint: Path, inventory: Inventory, plan: Plan, built: Path, tell: Tell) -> None:
     """Let the stock builder write its folder `built`; its complaints become one-line ValueErrors."""
-    layers = contents.shape.layers
+    layers = inventory.shape.layers
     tell(Progress("builder", 0, layers, "loading"))
 
     def heard(line: str) -> None:
@@ -120,7 +120,7 @@ def _run_builder(checkpoint: Path, contents: Contents, plan: Plan, built: Path, 
             folder, cache = str(checkpoint), str(built / ".cache")
             arguments = (folder, folder, str(built), "int4", plan.target.provider, cache)
             try:
-                options = builder.parse_extra_options(*arguments, _builder_options(contents, plan))
+                options = builder.parse_extra_options(*arguments, _builder_options(inventory, plan))
                 builder.create_model(*arguments, **options)
             except (NotImplementedError, ValueError, KeyError) as error:
                 line = str(error).strip().split("\n")[0]
@@ -128,15 +128,15 @@ def _run_builder(checkpoint: Path, contents: Contents, plan: Plan, built: Path, 
     shutil.rmtree(built / ".cache", ignore_errors=True)
 
 
-def _builder_options(contents: Contents, plan: Plan) -> list[str]:
+def _builder_options(inventory: Inventory, plan: Plan) -> list[str]:
     options = [
-        f"shared_embeddings={str(contents.shape.tied).lower()}",
+        f"shared_embeddings={str(inventory.shape.tied).lower()}",
         f"accuracy_level={plan.accuracy_level}",
         "hf_token=false",
     ]
-    if "lm_head" not in contents.packed:  # the builder would quantize it to 4 bits by itself
+    if "lm_head" not in inventory.packed:  # the builder would quantize it to 4 bits by itself
         options.append("nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather")
-    if any(module.endswith(("q_proj", "k_proj", "v_proj")) for module in contents.adapters):
+    if any(module.endswith(("q_proj", "k_proj", "v_proj")) for module in inventory.adapters):
         options.append("fuse_qkv=false")  # so that each has a node for its branch
     return options
 

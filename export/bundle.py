@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rlkit.export.contents import Contents
+from rlkit.export.inventory import Inventory
 from rlkit.export.plan import Plan, default_threads
 from rlkit.recover import recipe
 from rlkit.recover.atomic import sha256, write_json, write_text
@@ -62,7 +62,7 @@ class Parts:
     work: Path
     built: Path
     checkpoint: Path
-    contents: Contents
+    inventory: Inventory
     tensors: list[dict[str, Any]]
 
 
@@ -123,7 +123,7 @@ def _manifest(parts: Parts, settings: Settings) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "source": (provenance or {}).get("source", parts.checkpoint.name),
         "recipe": recipe.load(asked).to_json() if asked.is_file() else None,
-        "shape": parts.contents.shape.to_json(),
+        "shape": parts.inventory.shape.to_json(),
         "target": settings.plan.target.name,
         "accuracy_level": settings.plan.accuracy_level,
         "threads": settings.threads_json(),

@@ -15,7 +15,7 @@ not split into blocks. Tensors stay in the builder's file, memory-mapped, until 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rlkit.export.contents import Adapter
-from rlkit.export.plan import kind_of, uses_float_branch
+from rlkit.export.inventory import Adapter
+from rlkit.export.plan import uses_float_branch
 from rlkit.recover import packing
+from rlkit.recover.contents import kind_of
 
 DATA_SUFFIX = ".data"
 PACKED_OPS = ("MatMulNBits", "GatherBlockQuantized")
@@ -34,12 +35,13 @@ _BUILDER_NAMES = ((".attn.", ".self_attn."), (".final_norm_layernorm", ".final_n
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One module's constants in the written file."""
+    """One module's constants in the written file: `weights` counts its numbers, `nbytes` is all they take."""
 
     name: str
     kind: str
     bits: int
     group: int | None
+    weights: int
     nbytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -117,17 +119,19 @@ def stored_tensors(model: ir.Model) -> list[StoredTensor]:
     formats: dict[str, tuple[int, int | None]] = {}
     for node in model.graph:
         if node.op_type in PACKED_OPS:
-            bits, group = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-            formats |= {value.name or "": (bits, group) for value in node.inputs if value is not None}
+            format_ = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+            formats |= {value.name or "": format_ for value in node.inputs if value is not None}
     found: dict[str, StoredTensor] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None:
             continue
         module = module_of(name).removesuffix(".weight")
-        width, block = formats.get(name, (tensor.dtype.bitwidth, None))
-        before = found[module].nbytes if module in found else 0
-        found[module] = StoredTensor(module, kind_of(module), width, block, before + tensor.nbytes)
+        bits, group = formats.get(name, (tensor.dtype.bitwidth, None))
+        is_side_part = name in formats and not name.endswith(".qweight")
+        weights = 0 if is_side_part else 8 * tensor.nbytes // bits
+        before = found.get(module, StoredTensor(module, kind_of(module), bits, group, 0, 0))
+        found[module] = replace(before, weights=before.weights + weights, nbytes=before.nbytes + tensor.nbytes)
     return list(found.values())
 
 

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit.export.contents import Adapter, Contents, Packed, expected_contents, read_checkpoint
+from rlkit.export.inventory import Adapter, Inventory, Packed, expected_inventory, read_checkpoint
 from rlkit.recover import packing
+from rlkit.recover.contents import kind_of
 from rlkit.recover.recipe import Recipe
 from rlkit.recover.source import ModelShape
 
@@ -124,44 +125,25 @@ def target_named(name: str) -> Target:
 
 def plan_checkpoint(checkpoint: Path, *, target: str = "cpu", accuracy_level: int = 4) -> Plan:
     """Plan the export of a checkpoint folder; ValueError if a tensor cannot be expressed on the target."""
-    return plan_contents(read_checkpoint(checkpoint), target=target, accuracy_level=accuracy_level)
+    return plan_inventory(read_checkpoint(checkpoint), target=target, accuracy_level=accuracy_level)
 
 
 def plan_recipe(shape: ModelShape, recipe: Recipe, *, target: str = "cpu", accuracy_level: int = 4) -> Plan:
     """The plan that a checkpoint made of such a model with `recipe` will have."""
-    return plan_contents(expected_contents(shape, recipe), target=target, accuracy_level=accuracy_level)
+    return plan_inventory(expected_inventory(shape, recipe), target=target, accuracy_level=accuracy_level)
 
 
-def plan_contents(contents: Contents, *, target: str, accuracy_level: int) -> Plan:
+def plan_inventory(inventory: Inventory, *, target: str, accuracy_level: int) -> Plan:
     """Plan what is already read."""
     where = target_named(target)
     if accuracy_level not in range(5):
         raise ValueError(f"accuracy_level = {accuracy_level} does not exist; use 4 (int8 activations) or 0 (exact)")
-    _check_float_linears(contents)
-    planned = [_packed_plan(matrix, where, accuracy_level, contents) for matrix in contents.packed.values()]
-    planned += [_adapter_plan(adapter, where, accuracy_level) for adapter in contents.adapters.values()]
-    planned += [_float_plan(name, shape) for name, shape in contents.floats.items() if not _left_out(name, contents)]
-    planned.append(_rotary_plan(contents.shape))
+    _check_float_linears(inventory)
+    planned = [_packed_plan(matrix, where, accuracy_level, inventory) for matrix in inventory.packed.values()]
+    planned += [_adapter_plan(adapter, where, accuracy_level) for adapter in inventory.adapters.values()]
+    planned += [_float_plan(name, shape) for name, shape in inventory.floats.items() if not _left_out(name, inventory)]
+    planned.append(_rotary_plan(inventory.shape))
     return Plan(where, accuracy_level, tuple(sorted(planned, key=lambda tensor: tensor.name)))
-
-
-def kind_of(name: str) -> str:
-    """The kind of a tensor by its name: embedding, attention, gate_up, down, lm_head, norm, adapter or other."""
-    parts = name.split(".")
-    for kind, words in _KINDS.items():
-        if any(part.startswith(words) for part in parts):
-            return kind
-    return "norm" if any("norm" in part for part in parts) else "other"
-
-
-_KINDS: dict[str, tuple[str, ...]] = {
-    "adapter": ("lora_", "adapter"),
-    "lm_head": ("lm_head",),
-    "embedding": ("embed_tokens",),
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
-    "gate_up": ("gate_proj", "up_proj", "gate_up_proj"),
-    "down": ("down_proj",),
-}
 
 
 def default_threads() -> int:
@@ -177,14 +159,14 @@ def uses_float_branch(rank: int, k: int) -> bool:
     return packing.snap_block(rank) is None or packing.snap_block(k) is None
 
 
-def _packed_plan(matrix: Packed, target: Target, level: int, contents: Contents) -> TensorPlan:
+def _packed_plan(matrix: Packed, target: Target, level: int, inventory: Inventory) -> TensorPlan:
     kernel = target.kernel(matrix.bits, matrix.group, level)
     if kernel is None and level != EXACT:
         raise ValueError(f"{matrix.module}: {target.remedy(matrix.bits)}; recover it again with another recipe")
     groups = matrix.k // matrix.group
     nbytes = matrix.n * (matrix.k * matrix.bits // 8 + 4 * groups + -(-groups * matrix.bits // 8))
     reasons = []
-    if matrix.module == "lm_head" and contents.shares_embedding:
+    if matrix.module == "lm_head" and inventory.shares_embedding:
         reasons.append("shared: the embedding reads its rows (GatherBlockQuantized)")
     if kernel is None:
         reasons.append("exact check: dequantized at every call")
@@ -229,14 +211,14 @@ def _rotary_plan(shape: ModelShape) -> TensorPlan:
     return TensorPlan("rotary tables", "other", 32, None, False, None, nbytes, "GroupQueryAttention")
 
 
-def _left_out(name: str, contents: Contents) -> bool:
+def _left_out(name: str, inventory: Inventory) -> bool:
     """A shared embedding's float table is for other readers: the graph reads lm_head's packed rows."""
-    return name.endswith("inv_freq") or (contents.shares_embedding and name == "model.embed_tokens.weight")
+    return name.endswith("inv_freq") or (inventory.shares_embedding and name == "model.embed_tokens.weight")
 
 
-def _check_float_linears(contents: Contents) -> None:
-    for name, shape in contents.floats.items():
+def _check_float_linears(inventory: Inventory) -> None:
+    for name, shape in inventory.floats.items():
         if len(shape) == 2 and kind_of(name) in {"attention", "gate_up", "down"}:
             module = name.removesuffix(".weight")
             why = "the model builder reads a quantized layer's linears only as packed weights"
-            raise ValueError(f"{contents.name}: {module} is not quantized, but {why}; give it 8 bits in the recipe")
+            raise ValueError(f"{inventory.name}: {module} is not quantized, but {why}; give it 8 bits in the recipe")

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from rlkit.recover.contents import read_safetensors_header
 from rlkit.recover.recipe import Recipe
 from rlkit.recover.source import ModelShape, Source, SourceKind, read_json, read_shape
 
@@ -43,7 +42,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class Inventory:
     """A checkpoint: the model's shape, quantized matrices, float tensors (name -> shape) and adapters, by module."""
 
     name: str
@@ -58,7 +57,7 @@ class Contents:
         return self.shape.tied and "lm_head" in self.packed
 
 
-def read_checkpoint(path: Path) -> Contents:
+def read_checkpoint(path: Path) -> Inventory:
     """Read the headers of a checkpoint folder.
 
     Raises FileNotFoundError or ValueError, one line with the remedy, if the folder is not a checkpoint or is damaged.
@@ -82,12 +81,12 @@ def read_checkpoint(path: Path) -> Contents:
     part_of_packed = {f"{module}.{part}" for module in packed for part in _PACKED_PARTS}
     floats = {name: shape for name, shape in shapes.items() if name not in part_of_packed}
     adapters = read_adapters(path / "adapter") if (path / "adapter").is_dir() else {}
-    contents = Contents(str(path), shape, packed, floats, adapters)
-    _check_adapters(contents)
-    return contents
+    inventory = Inventory(str(path), shape, packed, floats, adapters)
+    _check_adapters(inventory)
+    return inventory
 
 
-def expected_contents(shape: ModelShape, recipe: Recipe) -> Contents:
+def expected_inventory(shape: ModelShape, recipe: Recipe) -> Inventory:
     """What a checkpoint of such a model will hold if `recipe` is followed, adapters included."""
     packed: dict[str, Packed] = {}
     adapters: dict[str, Adapter] = {}
@@ -114,7 +113,7 @@ def expected_contents(shape: ModelShape, recipe: Recipe) -> Contents:
     if shape.qkv_bias:
         outputs = {module: n for module, n, _k in shape.linears() if module[-6:] in ("q_proj", "k_proj", "v_proj")}
         floats |= {f"{module}.bias": (n,) for module, n in outputs.items()}
-    return Contents(f"{shape.architecture} by recipe {recipe.name}", shape, packed, floats, adapters)
+    return Inventory(f"{shape.architecture} by recipe {recipe.name}", shape, packed, floats, adapters)
 
 
 def read_adapters(folder: Path) -> dict[str, Adapter]:
@@ -168,12 +167,8 @@ def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    try:
-        with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, the handle is no mapping
-                yield name, tuple(tensors.get_slice(name).get_shape())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated or no safetensors file ({error}); write the checkpoint again") from error
+    for name, _dtype, shape, _nbytes in read_safetensors_header(file):
+        yield name, tuple(shape)
 
 
 def _modules_with(shapes: dict[str, tuple[int, ...]], part: str) -> list[str]:
@@ -197,10 +192,10 @@ def _packed(module: str, shapes: dict[str, tuple[int, ...]], quantization: dict[
     return Packed(module, n, k, bits, group)
 
 
-def _check_adapters(contents: Contents) -> None:
-    for module, adapter in contents.adapters.items():
-        base = contents.packed.get(module)
+def _check_adapters(inventory: Inventory) -> None:
+    for module, adapter in inventory.adapters.items():
+        base = inventory.packed.get(module)
         if base is None or (base.n, base.k) != (adapter.n, adapter.k):
             found = "not a quantized matrix here" if base is None else f"{(base.n, base.k)} here"
             why = f"its adapter is for {module} {(adapter.n, adapter.k)}, which is {found}"
-            raise ValueError(f"{contents.name}: {why}; give the adapter of this very checkpoint")
+            raise ValueError(f"{inventory.name}: {why}; give the adapter of this very checkpoint")

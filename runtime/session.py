@@ -1,0 +1,288 @@
+"""A bundle, opened: text to ids, ids to tokens as they come, ids to logits.
+
+Tokens come from onnxruntime-genai; logits for measuring accuracy from a plain onnxruntime session over the same file
+with the same options, opened when first asked for. Both hold the weights, so a process that does both has them twice.
+
+    session = open_session(Path("bundle"))
+    for token in session.generate(session.encode("The capital of France is"), 16):
+        print(token.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+DEVICES = ("cpu",)
+SCHEMA_VERSION = 1  # of rlkit.json
+SILENT = 4  # what goes wrong is raised; the runtime would print it as well
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token; `seconds` since the one before, for the first since the start of the prefill."""
+
+    id: int
+    text: str
+    seconds: float
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 takes the likeliest, and then nothing else matters."""
+
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
+            raise ValueError(f"temperature = {self.temperature} is outside 0..100; 0 takes the likeliest token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} is outside 0..1; 1 keeps every token")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k} is negative; 0 keeps every token")
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed = {self.seed} is outside 0..{2**31 - 1}")
+
+    def search_options(self) -> dict[str, Any]:
+        """The same as genai's search options."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        options = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return options if self.seed is None else {**options, "random_seed": self.seed}
+
+
+class Session:
+    """An open bundle; make one with `open_session`. Not for use by two threads at once."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], manifest: dict[str, Any], threads: int | None) -> None:
+        self._folder = folder
+        self._config = config
+        self._manifest = manifest
+        options = dict(config["model"]["decoder"].get("session_options") or {})
+        self.threads: int = threads or _threads_here(options.get("intra_op_num_threads"), manifest)
+        options["intra_op_num_threads"] = self.threads
+        self._session_options = options
+        self._model, self._tokenizer = self._open()
+        self._plain: Any = None
+
+    @property
+    def context_length(self) -> int:
+        """Prompt and reply together hold at most this many tokens."""
+        return int(self._config["model"]["context_length"])
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a reply."""
+        eos = self._config["model"]["eos_token_id"]
+        return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    def facts(self) -> dict[str, Any]:
+        """What the bundle says of itself, without its long lists."""
+        left_out = ("tensors", "sha256", "provenance")
+        stated = {key: value for key, value in self._manifest.items() if key not in left_out}
+        here = {"folder": str(self._folder), "context_length": self.context_length, "threads": self.threads}
+        return {**stated, **here}
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids; special tokens written in it are recognized, none is added."""
+        if not text:
+            return []
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text."""
+        return str(self._tokenizer.decode(np.asarray(ids, np.int32))) if len(ids) else ""
+
+    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
+        """Messages ({"role", "content"}) as the prompt text of the bundle's chat template, ready for the reply."""
+        try:
+            return str(self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True))
+        except Exception as error:
+            why = f"{self._folder} has no chat template that takes these messages ({_first_line(error)})"
+            raise ValueError(f"{why}; give a plain prompt with --raw") from error
+
+    def generate(  # noqa: PLR0913, the options of one generation
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+        ignore_stop: bool = False,
+    ) -> Iterator[Token]:
+        """Yield tokens until one of `stop_ids` or the model's own (not yielded), `max_new_tokens`, or a full context.
+
+        Closing the iterator cancels. `ignore_stop` goes on to the last token, for measuring.
+        Raises ValueError for a prompt that leaves no room, before anything is computed.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        length = self._length(prompt_ids, max_new_tokens)
+        stops = set() if ignore_stop else {*self.stop_ids, *stop_ids}
+        limits = {"max_length": length, "min_length": length if ignore_stop else 0}
+        return self._tokens(list(prompt_ids), limits | sampling.search_options(), stops)
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits (B, T, V) of rows of ids (B, T), padded on the right: attention is causal, so no mask is needed."""
+        if ids.ndim != 2 or 0 in ids.shape:
+            raise ValueError(f"ids must be a matrix (B, T), not shape {ids.shape}")
+        if ids.shape[1] > self.context_length:
+            raise ValueError(f"rows of {ids.shape[1]} tokens exceed the context of {self.context_length}; cut them")
+        if self._plain is None:
+            self._plain = self._open_plain()
+        rows = ids.astype(np.int64)
+        known: dict[str, Any] = {"input_ids": rows, "attention_mask": np.ones_like(rows)}
+        feeds = {
+            value.name: known[value.name] if value.name in known else self._empty_past(value, len(rows))
+            for value in self._plain.get_inputs()
+        }
+        (logits,) = self._plain.run(["logits"], feeds)
+        return np.asarray(logits, np.float32)
+
+    def _empty_past(self, value: Any, rows: int) -> NDArray[Any]:
+        """A cache input that holds no token yet: (B, KV heads, 0, head size)."""
+        decoder = self._config["model"]["decoder"]
+        kind = np.float16 if value.type == "tensor(float16)" else np.float32
+        return np.zeros((rows, decoder["num_key_value_heads"], 0, decoder["head_size"]), kind)
+
+    def _length(self, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
+        prompt, limit = len(prompt_ids), self.context_length
+        vocab = int(self._config["model"]["vocab_size"])
+        if not prompt:
+            raise ValueError("the prompt is empty; give at least one token")
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab:
+            raise ValueError(f"a prompt id is outside 0..{vocab - 1}; encode the text with this bundle's tokenizer")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {max_new_tokens} leaves nothing to do; use at least 1")
+        if prompt >= limit:
+            raise ValueError(
+                f"the prompt has {prompt} tokens, but the context holds {limit} with the reply; shorten it"
+            )
+        return min(prompt + max_new_tokens, limit)
+
+    def _tokens(self, prompt_ids: list[int], options: dict[str, Any], stops: set[int]) -> Iterator[Token]:
+        import onnxruntime_genai as og
+
+        began = time.perf_counter()
+        params = og.GeneratorParams(self._model)
+        params.set_search_options(**options)
+        generator = og.Generator(self._model, params)
+        generator.append_tokens(np.asarray([prompt_ids], np.int32))
+        stream = self._tokenizer.create_stream()
+        for index in range(options["max_length"] - len(prompt_ids)):
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in stops:
+                return
+            text = str(stream.decode(token))
+            now = time.perf_counter()
+            yield Token(token, text, now - began, index)
+            began = time.perf_counter()
+            if generator.is_done():
+                return
+
+    def _open(self) -> tuple[Any, Any]:
+        import onnxruntime_genai as og
+
+        quiet = {"intra_op_num_threads": self.threads, "log_severity_level": SILENT}
+        settings = {"model": {"decoder": {"session_options": quiet}}}
+        try:
+            config = og.Config(str(self._folder))
+            config.overlay(json.dumps(settings))
+            model = og.Model(config)
+            return model, og.Tokenizer(model)
+        except Exception as error:  # the library raises bare RuntimeError and its own kinds
+            raise _damaged(self._folder, error) from error
+
+    def _open_plain(self) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = SILENT
+        for key, value in self._session_options.items():
+            if "." in key:  # genai passes such keys on as ORT's own config entries
+                options.add_session_config_entry(key, str(value))
+        path = self._folder / self._config["model"]["decoder"]["filename"]
+        try:
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise _damaged(self._folder, error) from error
+
+
+def open_session(bundle: Path, *, device: str = "cpu", threads: int | None = None) -> Session:
+    """Open a bundle folder on a device; `threads` None means what the bundle says, within this process's cores.
+
+    Raises FileNotFoundError or ValueError, one line with the remedy: no bundle, a damaged one, another device.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device {device!r} is not offered yet; use {' or '.join(DEVICES)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads = {threads} cannot run anything; use at least 1, or leave it out")
+    if not bundle.is_dir():
+        raise FileNotFoundError(f"no bundle folder {bundle}; make one with: rlkit export CHECKPOINT -o {bundle}")
+    if not (bundle / "genai_config.json").is_file():
+        what = "a checkpoint" if (bundle / "config.json").is_file() else "no bundle: it holds no genai_config.json"
+        raise ValueError(f"{bundle} is {what}; make a bundle with: rlkit export CHECKPOINT -o BUNDLE")
+    config = _read_object(bundle / "genai_config.json")
+    try:
+        filename = str(config["model"]["decoder"]["filename"])
+        _ = config["model"]["context_length"], config["model"]["vocab_size"], config["model"]["eos_token_id"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{bundle}/genai_config.json lacks {error}; export the bundle again") from error
+    for name in (filename, "tokenizer.json"):
+        if not (bundle / name).is_file():
+            raise FileNotFoundError(f"{bundle} lacks {name}, so it is incomplete; export it again")
+    return Session(bundle, config, _manifest(bundle), threads)
+
+
+def _manifest(bundle: Path) -> dict[str, Any]:
+    path = bundle / "rlkit.json"
+    if not path.is_file():
+        return {}
+    manifest = _read_object(path)
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema_version {version!r}, newer than this rlkit's {SCHEMA_VERSION}; update rlkit"
+        )
+    return manifest
+
+
+def _threads_here(written: Any, manifest: dict[str, Any]) -> int:
+    """A number somebody chose or tuned holds, up to this process's cores; a default is made anew for this machine."""
+    from rlkit.export.plan import default_threads
+
+    cores = default_threads()
+    chosen = (manifest.get("threads") or {}).get("chosen_by", "user") != "default"
+    return min(written, cores) if chosen and isinstance(written, int) and written > 0 else cores
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    from rlkit.recover.source import read_json
+
+    return read_json(path)
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"{folder} cannot be opened: {_first_line(error)}; its files are damaged, so export it again")
+
+
+def _first_line(error: Exception) -> str:
+    """The part of the runtime's message that says something: its own causes are nested, the innermost last."""
+    line = str(error).strip().split("\n")[0].rsplit("[ONNXRuntimeError] : ", 1)[-1]
+    return line[:300] or type(error).__name__
