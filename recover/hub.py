@@ -78,8 +78,9 @@ def _listing(hub_id: str, folder: Path) -> list[Any]:
 
 
 def _snapshot(hub_id: str, folder: Path, *, revision: str | None = None, dry_run: bool = False) -> Any:
+    import httpx2  # the HTTP client of huggingface_hub
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub.errors import DryRunError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
@@ -93,13 +94,21 @@ def _snapshot(hub_id: str, folder: Path, *, revision: str | None = None, dry_run
             endpoint=os.environ.get("HF_ENDPOINT") or None,
             dry_run=dry_run,
         )
-    except errors.GatedRepoError as error:
-        raise OSError(f"{hub_id} is gated: accept its terms on the hub, set HF_TOKEN, and run it again") from error
-    except errors.RepositoryNotFoundError as error:
-        raise OSError(f"the hub has no model {hub_id}, or it is private; check the name, or set HF_TOKEN") from error
-    except (errors.DryRunError, errors.HfHubHTTPError, ConnectionError) as error:
-        why = str(error.__cause__ or error).splitlines()[0]
-        raise OSError(f"{hub_id} cannot be downloaded: {why}; check the connection and run it again") from error
+    except DryRunError as error:  # its cause is what the server said, or that it said nothing
+        raise OSError(_refusal(hub_id, error.__cause__ or error)) from error
+    except (httpx2.HTTPError, ConnectionError) as error:
+        raise OSError(_refusal(hub_id, error)) from error
+
+
+def _refusal(hub_id: str, error: BaseException) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return f"{hub_id} is gated: accept its terms on the hub, set HF_TOKEN, and run it again"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has no model {hub_id}, or it is private; check the name, or set HF_TOKEN"
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{hub_id} cannot be downloaded: {why}; check the connection and run it again"
 
 
 @contextlib.contextmanager
