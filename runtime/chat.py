@@ -6,9 +6,9 @@ oldest exchange is dropped until it fits; the system message and the newest ques
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from rlkit.runtime.session import Sampling, Token
 
@@ -26,7 +26,16 @@ class Model(Protocol):
     def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
         """Messages to prompt text."""
 
-    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int, **sampling: Any) -> Iterator[Token]:
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int | None,
+    ) -> Generator[Token, None, None]:
         """Tokens of the reply."""
 
 
@@ -117,18 +126,28 @@ class Chat:
         """Forget everything but the system message."""
         self.messages = list(self._system)
 
-    def reply(self, text: str, *, max_new_tokens: int = 512, sampling: Sampling | None = None) -> Iterator[Token]:
+    def reply(
+        self, text: str, *, max_new_tokens: int = 512, sampling: Sampling | None = None
+    ) -> Generator[Token, None, None]:
         """Yield the reply to `text`, and remember both; closing the iterator stops it.
 
         Raises ValueError, remembering nothing, if the message does not fit the context.
         """
         chosen = sampling or Sampling()
         kept, ids = fit(self._model, [*self.messages, Message("user", text)], max_new_tokens)
-        options = {"temperature": chosen.temperature, "top_k": chosen.top_k, "top_p": chosen.top_p, "seed": chosen.seed}
-        tokens = self._model.generate(ids, max_new_tokens, **options)
+        tokens = self._model.generate(
+            ids,
+            max_new_tokens,
+            temperature=chosen.temperature,
+            top_k=chosen.top_k,
+            top_p=chosen.top_p,
+            seed=chosen.seed,
+        )
         return self._remembered(kept, len(ids), tokens)
 
-    def _remembered(self, kept: list[Message], prompt_tokens: int, tokens: Iterator[Token]) -> Iterator[Token]:
+    def _remembered(
+        self, kept: list[Message], prompt_tokens: int, tokens: Generator[Token, None, None]
+    ) -> Generator[Token, None, None]:
         said: list[str] = []
         seconds: list[float] = []
         try:

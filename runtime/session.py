@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ class Session:
         seed: int | None = None,
         stop_ids: Sequence[int] = (),
         ignore_stop: bool = False,
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         """Yield tokens until one of `stop_ids` or the model's own (not yielded), `max_new_tokens`, or a full context.
 
         Closing the iterator cancels. `ignore_stop` goes on to the last token, for measuring.
@@ -174,7 +175,7 @@ class Session:
             )
         return min(prompt + max_new_tokens, limit)
 
-    def _tokens(self, prompt_ids: list[int], options: dict[str, Any], stops: set[int]) -> Iterator[Token]:
+    def _tokens(self, prompt_ids: list[int], options: dict[str, Any], stops: set[int]) -> Generator[Token, None, None]:
         import onnxruntime_genai as og
 
         began = time.perf_counter()
@@ -284,5 +285,5 @@ def _damaged(folder: Path, error: Exception) -> ValueError:
 
 def _first_line(error: Exception) -> str:
     """The part of the runtime's message that says something: its own causes are nested, the innermost last."""
-    line = str(error).strip().split("\n")[0].rsplit("[ONNXRuntimeError] : ", 1)[-1]
-    return line[:300] or type(error).__name__
+    line = re.sub(r".*\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip().split("\n")[0])
+    return line[:300].rstrip(". ") or type(error).__name__
