@@ -14,15 +14,15 @@ from rlkit.recover.assets import Asset, AssetKind
 MEMBER = "tinypack/data/model.gguf"
 
 
-def build(folder: Path, members: dict[str, bytes], *, version: str = "1.0") -> Path:
-    """Write tinypack-<version>-py3-none-any.whl holding `members`."""
+def build(folder: Path, members: dict[str, bytes], *, name: str = "tinypack", version: str = "1.0") -> Path:
+    """Write <name>-<version>-py3-none-any.whl holding `members`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"tinypack-{version}-py3-none-any.whl"
-    about = f"tinypack-{version}.dist-info"
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    about = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: tinypack\nVersion: {version}\n")
+        for member, content in members.items():
+            archive.writestr(member, content)
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{about}/RECORD", "")
     return path
