@@ -19,11 +19,12 @@ UNREAD = ("embedding", "other")  # kinds of which a decode step reads rows at mo
 
 @dataclass(frozen=True, slots=True)
 class BundleSize:
-    """Bytes of a bundle by kind of tensor; `streamed_nbytes` is what every decode step reads of them."""
+    """Bytes of a bundle by kind of tensor; `lowest_bits` is the narrowest code among them."""
 
     recipe: str
     shape: ModelShape
     nbytes_by_kind: dict[str, int]
+    lowest_bits: int
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +64,7 @@ def size_of(manifest: dict[str, Any], where: str = MANIFEST) -> BundleSize:
             by_kind[tensor["kind"]] = by_kind.get(tensor["kind"], 0) + int(tensor["nbytes"])
         recipe = manifest.get("recipe") or {}
         name = recipe if isinstance(recipe, str) else str(recipe.get("name", "unknown"))
-        return BundleSize(name, ModelShape.from_json(manifest["shape"]), by_kind)
-    except (KeyError, TypeError) as error:
+        lowest = min(int(tensor["bits"]) for tensor in manifest["tensors"])
+        return BundleSize(name, ModelShape.from_json(manifest["shape"]), by_kind, lowest)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} states no tensor sizes or shape ({error}); export the bundle again") from error

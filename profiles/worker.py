@@ -143,6 +143,9 @@ def main(argv: Sequence[str]) -> None:
         answer(generate, sys.stdin, say)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (ValueError, OSError) as error:  # said in words already
+        say({"error": str(error)})
+        sys.exit(1)
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
         raise

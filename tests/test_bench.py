@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shapes import SMOLLM2_135M
 
 from rlkit.profiles import bench, worker
 from rlkit.profiles.bench import Plan, Round, Subject
@@ -18,6 +17,7 @@ from rlkit.profiles.bundle import read_size, size_of
 from rlkit.profiles.operators import Storage
 from rlkit.profiles.timing import Basis
 from rlkit.recover.progress import Progress
+from shapes import SMOLLM2_135M
 
 
 class Model:
@@ -175,7 +175,7 @@ MANIFEST = {
 
 def test_bytes_of_a_bundle() -> None:
     size = size_of(MANIFEST)
-    assert size.recipe == "w4" and size.nbytes == 16230
+    assert size.recipe == "w4" and size.nbytes == 16230 and size.lowest_bits == 2
     assert size.nbytes_by_kind["gate_up"] == 100
     assert size.streamed_nbytes == 230  # without the embedding, of which a row is read, and the tables
     assert size.bits_per_weight == pytest.approx(8 * 7230 / SMOLLM2_135M.parameters)
@@ -183,7 +183,7 @@ def test_bytes_of_a_bundle() -> None:
 
 
 def test_an_embedding_that_is_the_lm_head_is_read() -> None:
-    tensors = [{"kind": "embedding", "nbytes": 70}, {"kind": "norm", "nbytes": 5}]
+    tensors = [{"kind": "embedding", "bits": 4, "nbytes": 70}, {"kind": "norm", "bits": 32, "nbytes": 5}]
     assert size_of({**MANIFEST, "tensors": tensors}).streamed_nbytes == 75
 
 
