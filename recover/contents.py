@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.recover.ggufheader import read_header
-from rlkit.recover.source import ModelShape, Source, SourceKind, read_json, read_shape
+from rlkit.recover.source import Source, SourceKind, read_json, read_shape
 
 SCHEMA_VERSION = 1
 KINDS = ("embedding", "attention", "gate_up", "down", "lm_head", "norm", "adapter", "other")
@@ -104,19 +104,12 @@ def _gguf_pieces(path: Path) -> Iterator[Piece]:
 
 
 def _bundle_pieces(folder: Path) -> Iterator[Piece]:
-    """The tensors that rlkit.json lists, none without one; `weights` of a linear follow from the model's shape."""
+    """The tensors that rlkit.json lists; none without one."""
     if not (folder / "rlkit.json").is_file():
         return
-    manifest = read_json(folder / "rlkit.json")
-    sizes: dict[str, int] = {}
-    if "shape" in manifest:
-        shape = ModelShape.from_json(manifest["shape"])
-        sizes = {name: n * k for name, n, k in shape.linears()}
-        sizes["model.embed_tokens"] = shape.vocab * shape.hidden
-    for entry in manifest.get("tensors", []):
+    for entry in read_json(folder / "rlkit.json").get("tensors", []):
         kind = entry["kind"] if entry["kind"] in KINDS else "other"
-        weights = 0 if kind == "adapter" else sizes.get(entry["name"], 8 * int(entry["nbytes"]) // int(entry["bits"]))
-        yield Piece(kind, int(entry["bits"]), int(entry["nbytes"]), weights)
+        yield Piece(kind, int(entry["bits"]), int(entry["nbytes"]), int(entry["weights"]))
 
 
 def _folder_pieces(folder: Path) -> Iterator[Piece]:

@@ -82,9 +82,9 @@ def test_a_gguf(tmp_path: Path) -> None:
 
 def test_a_bundle_says_what_rlkit_wrote(hf: Path, tmp_path: Path) -> None:
     shape = source.read_shape(source.resolve(hf))
-    up = {"name": "model.layers.0.mlp.up_proj", "kind": "gate_up", "bits": 2, "group": 64, "nbytes": 9216}
-    adapter = {"name": "model.layers.0.mlp.up_proj.lora", "kind": "adapter", "bits": 8, "group": 32, "nbytes": 100}
-    new = {"name": "x", "kind": "of a later version", "bits": 16, "group": None, "nbytes": 20}
+    up = {"name": "model.layers.0.mlp.up_proj", "kind": "gate_up", "bits": 2, "weights": 256 * 128, "nbytes": 9216}
+    adapter = {"name": "model.layers.0.mlp.up_proj.lora_A", "kind": "adapter", "bits": 8, "weights": 90, "nbytes": 100}
+    new = {"name": "x", "kind": "of a later version", "bits": 16, "weights": 10, "nbytes": 20}
     manifest = {"shape": shape.to_json(), "tensors": [up, adapter, new]}
     (tmp_path / "rlkit.json").write_text(json.dumps(manifest))
     (tmp_path / "genai_config.json").write_text("{}")
