@@ -54,8 +54,12 @@ class Target:
         fitting = [kernel for kernel in self.kernels if kernel.bits == bits]
         if not fitting:
             return f"{self.name} has no kernel for {bits} bits; use {sorted({k.bits for k in self.kernels})}"
-        asked = " or ".join(f"accuracy_level {list(k.levels)} with block {list(k.blocks)}" for k in fitting)
-        return f"{self.name} runs {bits} bits fast at {asked}"
+        asked = " or ".join(f"accuracy_level {_either(k.levels)} and block {_either(k.blocks)}" for k in fitting)
+        return f"{self.name} runs {bits} bits fast with {asked}"
+
+
+def _either(values: tuple[int, ...]) -> str:
+    return "/".join(str(value) for value in values)
 
 
 # Source: onnxruntime 1.31 (x64 and arm64), its kernel selection read and each row run on x64 AVX512-VNNI, 2026-11.
@@ -162,7 +166,10 @@ def uses_float_branch(rank: int, k: int) -> bool:
 def _packed_plan(matrix: Packed, target: Target, level: int, inventory: Inventory) -> TensorPlan:
     kernel = target.kernel(matrix.bits, matrix.group, level)
     if kernel is None and level != EXACT:
-        raise ValueError(f"{matrix.module}: {target.remedy(matrix.bits)}; recover it again with another recipe")
+        what = (
+            f"{matrix.module}: {matrix.bits} bits in groups of {matrix.group} at accuracy_level {level} have no kernel"
+        )
+        raise ValueError(f"{what}; {target.remedy(matrix.bits)}")
     groups = matrix.k // matrix.group
     nbytes = matrix.n * (matrix.k * matrix.bits // 8 + 4 * groups + -(-groups * matrix.bits // 8))
     reasons = []
