@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 
 import pytest
-from shapes import LLAMA2_7B, QWEN3_4B, SMOLLM2_135M
 
 from rlkit.profiles.forecast import Peaks, Workload, costs, forecast, life_tpot_seconds, life_ttft_seconds
 from rlkit.profiles.forecast import roofline_seconds as roofline
@@ -16,6 +15,7 @@ from rlkit.profiles.operators import Kind, Operator, Storage
 from rlkit.profiles.timing import Basis, Spread, Timing
 from rlkit.recover import recipe
 from rlkit.recover.recipe import Recipe, Rule, Scheme
+from shapes import LLAMA2_7B, QWEN3_4B, SMOLLM2_135M
 
 HALF = Storage(scale_bits=16, float_bits=16, activation_bits=16, kv_bits=16)
 W4 = Recipe("w4-g128", (Rule(("*",), Scheme(4, 128)),))

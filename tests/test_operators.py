@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from shapes import FOUR, LLAMA2_7B, QWEN3_4B, SMOLLM2_135M
 
 from rlkit.export.plan import plan_recipe
 from rlkit.profiles.operators import (
@@ -20,6 +19,7 @@ from rlkit.profiles.operators import (
 from rlkit.recover import recipe
 from rlkit.recover.recipe import Recipe, Rule, Scheme
 from rlkit.recover.source import ModelShape
+from shapes import FOUR, LLAMA2_7B, QWEN3_4B, SMOLLM2_135M
 
 HALF = Storage(scale_bits=16, float_bits=16, activation_bits=16, kv_bits=16)
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
+
 from rlkit.recover import packing
 
 BITS = st.sampled_from(packing.BITS)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rlkit.recover import packing, recipe
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlkit.recover import packing, recipe
 
 SENTENCES = (
     "the cat sat on the mat and looked at the dog",
