@@ -78,10 +78,12 @@ def _listing(hub_id: str, folder: Path) -> list[Any]:
 
 
 def _snapshot(hub_id: str, folder: Path, *, revision: str | None = None, dry_run: bool = False) -> Any:
-    import httpx2  # the HTTP client of huggingface_hub
     import huggingface_hub
     from huggingface_hub.errors import DryRunError
     from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    # isort: split
+    import httpx2  # the HTTP client of huggingface_hub, so after it: its absence means that of the other
 
     disable_progress_bars()
     try:
