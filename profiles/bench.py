@@ -58,6 +58,7 @@ class Subject:
     generate: Generate
     peak_nbytes: Callable[[], int | None]
     nbytes_at: Callable[[int], int | None]
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,13 @@ class Measurement:
     name: str
     timings: tuple[Timing, ...]
     rounds: tuple[tuple[Round, ...], ...]
+    threads: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
             "name": self.name,
+            "threads": self.threads,
             "timings": [timing.to_json() for timing in self.timings],
             "rounds": [
                 [{"ttft_seconds": r.ttft_seconds, "tpot_seconds": r.tpot_seconds} for r in rounds]
@@ -148,7 +151,7 @@ def _measurement(subject: Subject, index: int, plan: Plan, rounds: dict[tuple[in
         timing = summarize(rounds[index, prompt_tokens], prompt_tokens)
         timings.append(replace(timing, nbytes_per_token=subject.nbytes_at(depth), peak_nbytes=peak))
     kept = tuple(tuple(rounds[index, prompt_tokens]) for prompt_tokens in plan.prompt_tokens)
-    return Measurement(subject.name, tuple(timings), kept)
+    return Measurement(subject.name, tuple(timings), kept, subject.threads)
 
 
 def summarize(rounds: Sequence[Round], prompt_tokens: int) -> Timing:

@@ -208,9 +208,9 @@ def _assumptions(given: Forecast) -> Iterable[str]:
     peaks, stored = given.peaks, given.storage
     yield (
         f"{LABEL}: every operator is taken to reach {peaks.bytes_per_s / 1e9:.1f} GB/s or "
-        f"{peaks.flops_per_s / 1e9:.0f} GFLOP/s (float32; {peaks.source}), so decode times are lower bounds"
+        f"{peaks.flops_per_s / 1e9:.0f} GFLOP/s (float32; {peaks.source}); what share kernels really reach is unknown"
     )
-    yield "low-bit kernels compute in int8, whose peak is not measured: prefill may be faster than its bound"
+    yield "low-bit kernels compute in int8, whose peak is not measured: where compute bounds, they may be faster"
     if not peaks.dispatch_seconds:
         yield "the cost of starting an operator is unknown and counted as 0: small models will be slower than forecast"
     zeros = "as many bits as a code" if stored.zero_bits is None else f"{stored.zero_bits} bits"

@@ -44,8 +44,8 @@ def _stages(report: Report) -> Table:
 
 
 def _accuracy(report: Report) -> Table:
-    columns = ("bundle", "recipe", "bits/weight", "KL to original", "same top token", "perplexity")
-    columns += ("KL to checkpoint", "same top token as checkpoint")
+    original = ("KL to original", "same top token", "perplexity")
+    columns = ("bundle", "recipe", "bits/weight", *original, "KL to checkpoint", "same top token as checkpoint")
     rows = [
         (
             bundle.name,
@@ -56,9 +56,7 @@ def _accuracy(report: Report) -> Table:
         )
         for bundle in report.bundles
     ]
-    note = (
-        f"Each exported file itself, on {report.held_out_text}. Bits per weight count scales, zero points and adapters."
-    )
+    note = f"Each exported file itself, on {report.held_out_text}. Scales, zero points and adapters count as bits."
     return Table("Accuracy of the exported bundles", columns, tuple(rows), note)
 
 
@@ -71,22 +69,12 @@ def _divergence_cells(found: Divergence | None, *, with_tail: bool = False) -> t
 
 
 def _speed(report: Report) -> Table:
-    columns = (
-        "bundle",
-        "",
-        "first token, ms",
-        "per token, ms",
-        "tokens/s",
-        "with prompt",
-        "MB/token",
-        "GB/s",
-        "peak MB",
-    )
+    columns = ("bundle", "", *TIMING_COLUMNS)
     rows: list[tuple[str, ...]] = []
     for bundle in report.bundles:
         rows.append((bundle.name, "measured", *timing_cells(bundle.measurement)))
         rows.append(("", "forecast", *timing_cells(bundle.forecast)))
-        rows.append(("", "forecast / measured - 1", *_gap_cells(bundle)))
+        rows.append(("", "difference", *_gap_cells(bundle)))
     if not rows:
         return Table("Speed", columns, ())
     work = report.bundles[0].measurement
@@ -98,8 +86,11 @@ def _speed(report: Report) -> Table:
     return Table("Speed, measured and forecast", columns, tuple(rows), note)
 
 
+TIMING_COLUMNS = ("first token, ms", "per token, ms", "tokens/s", "with prompt", "MB/token", "GB/s", "peak MB")
+
+
 def timing_cells(timing: Timing) -> tuple[str, ...]:
-    """First token and per token in ms with spread, tokens/s, end-to-end tokens/s, MB per token, GB/s, peak MB."""
+    """The cells of TIMING_COLUMNS."""
     spread = timing.spread
     ttft, tpot = _ms(timing.ttft_seconds), _ms(timing.tpot_seconds)
     if spread is not None:
@@ -139,10 +130,9 @@ def _megabytes(nbytes: int | None) -> str:
 def machine_text(report: Report) -> str:
     """The machine in one line, with what was measured on it."""
     m = report.machine
-    return (
-        f"{m.cpu}, {m.cores} cores, {m.threads} threads used, {m.memory_nbytes / 2**30:.0f} GiB, {m.system}; {m.source} "
-        f"{m.date}: reads {m.read_bytes_per_s / 1e9:.1f} GB/s, {m.flops_per_s / 1e9:.0f} GFLOP/s in float32"
-    )
+    memory = f"{m.memory_nbytes / 2**30:.0f} GiB"
+    rates = f"reads {m.read_bytes_per_s / 1e9:.1f} GB/s, {m.flops_per_s / 1e9:.0f} GFLOP/s in float32"
+    return f"{m.cpu}, {m.cores} cores, {m.threads} threads used, {memory}, {m.system}; {m.source} {m.date}: {rates}"
 
 
 def to_markdown(report: Report) -> str:

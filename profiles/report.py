@@ -153,8 +153,8 @@ def _recovery(report: Report) -> Iterator[str]:
     if len(measured) < 2:
         return
     (begin, before), (end, after) = measured[0], measured[-1]
-    text = f"{begin}: KL {before.kl_mean:.3f} nats per token, perplexity {before.perplexity_other:.1f}. "
-    text += f"{end}: KL {after.kl_mean:.3f}, perplexity {after.perplexity_other:.1f}; "
+    text = f"After {begin}: KL {before.kl_mean:.3f} nats per token, perplexity {before.perplexity_other:.1f}; "
+    text += f"after {end}: KL {after.kl_mean:.3f}, perplexity {after.perplexity_other:.1f}; "
     share = 1.0 - after.kl_mean / before.kl_mean if before.kl_mean else 0.0
     change = f"{share:.0%} of the divergence is gone" if share >= 0 else f"the divergence grew by {-share:.0%}"
     yield f"{text}{change}. The original's perplexity is {after.perplexity_original:.1f}."

@@ -2,9 +2,9 @@
 
     python -m rlkit.profiles.worker BUNDLE DEVICE THREADS        (THREADS 0: as the bundle says)
 
-One JSON object per line: the worker says {"ready": true} once loaded, then answers {"prompt_ids": [...], "new_tokens":
-n} with {"seconds": [...]} and {"peak": true} with {"peak_nbytes": n}; {"error": text} says what went wrong. It ends
-when its input does.
+One JSON object per line: the worker says {"ready": true, "threads": n} once loaded, then answers {"prompt_ids": [...],
+"new_tokens": n} with {"seconds": [...]} and {"peak": true} with {"peak_nbytes": n}; {"error": text} says what went
+wrong. It ends when its input does.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from rlkit.profiles.bench import Generate
+from rlkit.profiles.bench import Generate, Measurement, Plan, Subject, measure
+from rlkit.profiles.bundle import read_size
+from rlkit.recover.progress import Tell, silent
 
 
 def peak_nbytes() -> int | None:
@@ -41,9 +44,9 @@ def peak_nbytes() -> int | None:
     return None
 
 
-def answer(generate: Generate, lines: Iterable[str], say: Callable[[dict[str, Any]], None]) -> None:
-    """Answer requests until there are no more; a failed request is reported and ends the work."""
-    say({"ready": True})
+def answer(generate: Generate, lines: Iterable[str], say: Callable[[dict[str, Any]], None], threads: int = 0) -> None:
+    """Say that all is ready, then answer requests until there are no more."""
+    say({"ready": True, "threads": threads})
     for line in lines:
         request = json.loads(line)
         if "prompt_ids" in request:
@@ -57,12 +60,13 @@ class Worker:
 
     def __init__(self, name: str, process: subprocess.Popen[str], errors: Path) -> None:
         self.name = name
+        self.threads = 0
         self._process = process
         self._errors = errors
 
     def wait_ready(self) -> None:
         """Return once the bundle is loaded."""
-        self._receive()
+        self.threads = self._receive()["threads"]
 
     def generate(self, prompt_ids: list[int], new_tokens: int) -> Iterator[float]:
         """Seconds of each token of one generation; they arrive together, so that pipes cost no time in between."""
@@ -121,6 +125,42 @@ def start(name: str, argv: Sequence[str]) -> Iterator[Worker]:
             process.communicate()
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where bundles are measured; threads of None means as each bundle says."""
+
+    device: str = "cpu"
+    threads: int | None = None
+
+
+def measure_bundles(
+    bundles: Sequence[Path], plan: Plan, setting: Setting | None = None, tell: Tell = silent
+) -> tuple[Measurement, ...]:
+    """Measure bundle folders in turn, each in a process of its own, with prompts from the vocabulary they share."""
+    where = setting or Setting()
+    if not bundles:
+        raise ValueError("there is nothing to measure; name at least one bundle")
+    sizes = [read_size(bundle) for bundle in bundles]
+    for bundle, size in zip(bundles, sizes, strict=True):
+        asked = max(plan.prompt_tokens) + plan.new_tokens
+        if asked > size.shape.max_context:
+            raise ValueError(f"{asked} tokens exceed the context of {bundle}, {size.shape.max_context}; ask for fewer")
+    shared = replace(plan, vocab=min(size.shape.vocab for size in sizes))
+    names = _names(bundles)
+    with contextlib.ExitStack() as stack:
+        subjects = []
+        for name, bundle, size in zip(names, bundles, sizes, strict=True):
+            worker = stack.enter_context(start(name, command(bundle, where.device, where.threads)))
+            subjects.append(Subject(name, worker.generate, worker.peak_nbytes, size.nbytes_at, worker.threads))
+        return measure(subjects, shared, tell)
+
+
+def _names(bundles: Sequence[Path]) -> list[str]:
+    """Folder names where they tell the bundles apart, else their paths."""
+    names = [bundle.resolve().name for bundle in bundles]
+    return names if len(set(names)) == len(names) else [str(bundle) for bundle in bundles]
+
+
 def main(argv: Sequence[str]) -> None:
     """Load the bundle and answer requests on standard input."""
     from rlkit.runtime.session import open_session
@@ -140,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
             tokens = session.generate(prompt_ids, new_tokens, ignore_stop=True)
             return (token.seconds for token in tokens)
 
-        answer(generate, sys.stdin, say)
+        answer(generate, sys.stdin, say, session.threads)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:  # said in words already

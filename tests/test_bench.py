@@ -116,7 +116,7 @@ def test_the_worker_answers_line_by_line() -> None:
     said: list[dict[str, Any]] = []
     lines = io.StringIO('{"prompt_ids": [1, 2], "new_tokens": 3}\n{"peak": true}\n')
     worker.answer(Model([1.0], 0.5), lines, said.append)
-    assert said[:2] == [{"ready": True}, {"seconds": [1.0, 0.5, 0.5]}]
+    assert said[:2] == [{"ready": True, "threads": 0}, {"seconds": [1.0, 0.5, 0.5]}]
     assert said[2]["peak_nbytes"] == worker.peak_nbytes()
 
 
@@ -133,12 +133,13 @@ def generate(ids, new_tokens):
         sys.exit("no luck")
     yield 0.5
     yield from [0.25] * (new_tokens - 1)
-answer(generate, sys.stdin, lambda reply: print(json.dumps(reply), flush=True))
+answer(generate, sys.stdin, lambda reply: print(json.dumps(reply), flush=True), 3)
 """
 
 
 def test_a_process_is_measured_through_pipes() -> None:
     with worker.start("fake", [sys.executable, "-c", FAKE]) as process:
+        assert process.threads == 3
         assert list(process.generate([1], 3)) == [0.5, 0.25, 0.25]
         assert process.peak_nbytes() is None or process.peak_nbytes() == process.peak_nbytes()
         with pytest.raises(ChildProcessError, match=r"measuring fake failed: it ended .*no luck"):
