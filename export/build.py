@@ -54,8 +54,7 @@ def export_bundle(  # noqa: PLR0913, the options of one command
     Raises FileNotFoundError, FileExistsError, OSError (no space) or ValueError, one line with the remedy.
     """
     refuse_existing(out, force=force)
-    if out.resolve() == checkpoint.resolve():
-        raise ValueError(f"{out} is the checkpoint itself; choose another -o")
+    _refuse_foreign(out)
     inventory = read_checkpoint(checkpoint)
     plan = plan_inventory(inventory, target=target, accuracy_level=accuracy_level)
     settings = bundle.Settings(plan, threads)
@@ -66,6 +65,14 @@ def export_bundle(  # noqa: PLR0913, the options of one command
         tensors = _finish_graph(checkpoint, inventory, plan, built, work, tell)
         bundle.finish(bundle.Parts(work, built, checkpoint, inventory, tensors), settings, measure=measure, tell=tell)
     return out
+
+
+def _refuse_foreign(out: Path) -> None:
+    """--force replaces bundles, not whatever folder a slip of the hand names."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "genai_config.json").is_file():
+        raise ValueError(f"{out} holds something that is no bundle, so it is not replaced; choose another -o")
+    if out.is_file():
+        raise ValueError(f"{out} is a file, so no bundle folder can take its place; choose another -o")
 
 
 def _finish_graph(

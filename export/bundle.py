@@ -24,6 +24,7 @@ from rlkit.export.plan import Plan, default_threads
 from rlkit.recover import recipe
 from rlkit.recover.atomic import sha256, write_json, write_text
 from rlkit.recover.progress import Progress, Tell, silent
+from rlkit.recover.source import read_json
 
 SCHEMA_VERSION = 1
 MODEL = "model.onnx"
@@ -116,7 +117,7 @@ def turn_end_ids(folder: Path) -> list[int]:
 
 def _manifest(parts: Parts, settings: Settings) -> dict[str, Any]:
     recovery = parts.checkpoint / "recovery.json"
-    provenance = json.loads(recovery.read_text(encoding="utf-8")) if recovery.is_file() else None
+    provenance = read_json(recovery) if recovery.is_file() else None
     asked = parts.work / "recipe.toml"
     return {
         "schema_version": SCHEMA_VERSION,

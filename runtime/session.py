@@ -200,6 +200,7 @@ class Session:
         import onnxruntime_genai as og
 
         quiet = {"intra_op_num_threads": self.threads, "log_severity_level": SILENT}
+        og.disable_telemetry_events()  # nothing about the model or its use leaves this machine
         settings = {"model": {"decoder": {"session_options": quiet}}}
         try:
             config = og.Config(str(self._folder))
@@ -212,6 +213,7 @@ class Session:
     def _open_plain(self) -> Any:
         import onnxruntime as ort
 
+        ort.disable_telemetry_events()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = SILENT

@@ -217,8 +217,10 @@ def test_wrong_input_is_one_line(checkpoint: Path, bundle: Path, source: Path, t
         assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileExistsError, match="--force"):
         export_bundle(checkpoint, bundle)
-    with pytest.raises(ValueError, match="checkpoint itself"):
+    with pytest.raises(ValueError, match="no bundle, so it is not replaced"):
         export_bundle(checkpoint, checkpoint, force=True)
+    with pytest.raises(ValueError, match="is a file"):
+        export_bundle(checkpoint, checkpoint / "config.json", force=True)
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(source: Path, tmp_path: Path) -> None:
@@ -228,6 +230,14 @@ def test_a_checkpoint_without_tokenizer_is_refused(source: Path, tmp_path: Path)
     with pytest.raises((ValueError, FileNotFoundError), match="tokenizer") as caught:
         export_bundle(folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_recovery_record_is_named(source: Path, tmp_path: Path) -> None:
+    folder = tiny.checkpoint(source, tmp_path / "ckpt")
+    (folder / "recovery.json").write_text("{")
+    with pytest.raises(ValueError, match=r"recovery\.json is not valid JSON"):
+        export_bundle(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -118,6 +118,20 @@ def test_a_long_message_does_not_end_the_conversation(capsys: pytest.CaptureFixt
     assert "yes!" in out
 
 
+def test_chat_answers_a_pipe(bundle: Path) -> None:
+    argv = [sys.executable, "-m", "rlkit.apps.cli", "chat", str(bundle), "-n", "5"]
+    done = subprocess.run(argv, input="hello\n\n/stats\nagain", capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("first after") == 3
+    assert done.stdout.strip()
+
+
+def test_run_reads_a_pipe(bundle: Path) -> None:
+    argv = [sys.executable, "-m", "rlkit.apps.cli", "run", str(bundle), "-", "-n", "5", "--json"]
+    done = subprocess.run(argv, input="hello", capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["new_tokens"] == 5
+
+
 SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
