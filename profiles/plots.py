@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlkit.profiles.report import BundleResult, Report, Stage
-from rlkit.profiles.timing import Timing
+from rlkit.profiles.timing import Timing, milliseconds
 from rlkit.recover.atomic import write_bytes
 
 if TYPE_CHECKING:
@@ -214,14 +214,7 @@ def draw_forecast(report: Report) -> Figure | None:
         return None
     figure, (left, right) = _figure(1.35 * len(report.bundles) + 0.9, 2)
     for axis, field in ((left, "ttft"), (right, "tpot")):
-        rows = range(len(report.bundles))
-        measured = [1e3 * getattr(bundle.measurement, f"{field}_seconds") for bundle in report.bundles]
-        forecast = [1e3 * getattr(bundle.forecast, f"{field}_seconds") for bundle in report.bundles]
-        errors = _time_errors([bundle.measurement for bundle in report.bundles], field)
-        texts, guesses = ([f"{value:.4g} ms" for value in values] for values in (measured, forecast))
-        style: dict[str, Any] = {"height": 0.36, "edgecolor": VERMILLION, "linewidth": 1.2}
-        _bars(axis, [r - 0.2 for r in rows], measured, texts, height=0.36, color=BLUE, label="measured", errors=errors)
-        _bars(axis, [r + 0.2 for r in rows], forecast, guesses, color="none", hatch="////", label="forecast", **style)
+        _time_bars(axis, field, report.bundles)
     work = report.bundles[0].measurement
     left.set_title("Time to first token")
     left.set_xlabel(f"ms, {work.prompt_tokens} prompt tokens")
@@ -230,6 +223,21 @@ def draw_forecast(report: Report) -> Figure | None:
     _name_rows(left, [bundle.name for bundle in report.bundles])
     _legend(figure, left, columns=2)
     return figure
+
+
+def _time_bars(axis: Axes, field: str, bundles: Sequence[BundleResult]) -> None:
+    """Measured seconds of one field of the timings, solid, and under each the forecast, hatched."""
+    hatched: dict[str, Any] = {"color": "none", "hatch": "////", "edgecolor": VERMILLION, "linewidth": 1.2}
+    errors = _time_errors([bundle.measurement for bundle in bundles], field)
+    measured: dict[str, Any] = {"color": BLUE, "label": "measured", "errors": errors}
+    for shift, side, style in (
+        (-0.2, "measurement", measured),
+        (0.2, "forecast", {**hatched, "label": "forecast"}),
+    ):
+        seconds = [getattr(getattr(bundle, side), f"{field}_seconds") for bundle in bundles]
+        rows = [row + shift for row in range(len(bundles))]
+        texts = [f"{milliseconds(value)} ms" for value in seconds]
+        _bars(axis, rows, [1e3 * value for value in seconds], texts, height=0.36, **style)
 
 
 def _time_errors(timings: Sequence[Timing], field: str) -> list[list[float]] | None:
@@ -260,8 +268,9 @@ def describe(name: str, report: Report) -> str:
 
 def _times_text(bundle: BundleResult) -> str:
     made, true = bundle.forecast, bundle.measurement
-    first = f"first token {1e3 * made.ttft_seconds:.4g} against {1e3 * true.ttft_seconds:.4g} ms"
-    return f"{bundle.name} {first}, per token {1e3 * made.tpot_seconds:.4g} against {1e3 * true.tpot_seconds:.4g} ms"
+    first = f"first token {milliseconds(made.ttft_seconds)} against {milliseconds(true.ttft_seconds)} ms"
+    later = f"per token {milliseconds(made.tpot_seconds)} against {milliseconds(true.tpot_seconds)} ms"
+    return f"{bundle.name} {first}, {later}"
 
 
 def _stage_text(stage: Stage) -> str:

@@ -13,7 +13,7 @@ from string import Template
 
 from rlkit.profiles.divergence import Divergence
 from rlkit.profiles.report import BundleResult, Report, findings
-from rlkit.profiles.timing import Timing
+from rlkit.profiles.timing import Timing, milliseconds
 from rlkit.recover.atomic import write_json, write_text
 
 
@@ -92,10 +92,10 @@ TIMING_COLUMNS = ("first token, ms", "per token, ms", "tokens/s", "with prompt",
 def timing_cells(timing: Timing) -> tuple[str, ...]:
     """The cells of TIMING_COLUMNS."""
     spread = timing.spread
-    ttft, tpot = _ms(timing.ttft_seconds), _ms(timing.tpot_seconds)
+    ttft, tpot = milliseconds(timing.ttft_seconds), milliseconds(timing.tpot_seconds)
     if spread is not None:
-        ttft += f" ({_ms(spread.ttft_p10_seconds)} to {_ms(spread.ttft_p90_seconds)})"
-        tpot += f" ({_ms(spread.tpot_p10_seconds)} to {_ms(spread.tpot_p90_seconds)})"
+        ttft += f" ({milliseconds(spread.ttft_p10_seconds)} to {milliseconds(spread.ttft_p90_seconds)})"
+        tpot += f" ({milliseconds(spread.tpot_p10_seconds)} to {milliseconds(spread.tpot_p90_seconds)})"
     rate = timing.bytes_per_s
     moved = "" if timing.nbytes_per_token is None else f"{timing.nbytes_per_token / 1e6:.1f}"
     peak = "" if timing.peak_nbytes is None else f"{timing.peak_nbytes / 1e6:.0f}"
@@ -109,10 +109,6 @@ def _gap_cells(bundle: BundleResult) -> tuple[str, ...]:
     peak = f"{peaks[0] / peaks[1] - 1:+.0%}" if peaks[0] is not None and peaks[1] else ""
     faster = bundle.forecast.tokens_per_s / bundle.measurement.tokens_per_s - 1
     return (f"{gap.ttft_relative:+.0%}", f"{gap.tpot_relative:+.0%}", f"{faster:+.0%}", "", "", "", peak)
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g}" if seconds < 10 else f"{1e3 * seconds:.0f}"
 
 
 def _sizes(report: Report) -> Table:

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlkit.profiles.bench import Measurement, ratios
+from rlkit.profiles.bundle import BundleSize
 from rlkit.profiles.divergence import Divergence
 from rlkit.profiles.machine import Machine
 from rlkit.profiles.timing import Timing
@@ -52,6 +54,39 @@ class BundleResult:
     def nbytes(self) -> int:
         """All tensors together."""
         return sum(self.nbytes_by_kind.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """An exported file against the original, and against the checkpoint it was made from."""
+
+    divergence: Divergence | None = None
+    agreement: Divergence | None = None
+
+
+def bundle_results(
+    sizes: Sequence[BundleSize],
+    measured: Sequence[Measurement],
+    forecasts: Sequence[Timing],
+    accuracy: Sequence[Accuracy],
+) -> tuple[BundleResult, ...]:
+    """Bundles measured together, in one order in every argument; the first prompt length is reported."""
+    slower = {ratio.name: ratio.tpot for ratio in reversed(ratios(measured))}  # reversed: the first length is kept
+    return tuple(
+        BundleResult(
+            name=timed.name,
+            recipe=size.recipe,
+            lowest_bits=size.lowest_bits,
+            nbytes_by_kind=dict(size.nbytes_by_kind),
+            bits_per_weight=size.bits_per_weight,
+            divergence=found.divergence,
+            agreement=found.agreement,
+            forecast=made,
+            measurement=timed.timings[0],
+            tpot_ratio=slower.get(timed.name),
+        )
+        for size, timed, made, found in zip(sizes, measured, forecasts, accuracy, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)

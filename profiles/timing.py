@@ -118,3 +118,9 @@ class Gap:
     tpot_seconds: float
     ttft_relative: float
     tpot_relative: float
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds with three digits: 2.31, 15.2, 152."""
+    value = 1e3 * seconds
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"

@@ -12,7 +12,7 @@ from rlkit.profiles.forecast import Peaks, Workload, costs, forecast, life_tpot_
 from rlkit.profiles.forecast import roofline_seconds as roofline
 from rlkit.profiles.machine import Machine
 from rlkit.profiles.operators import Kind, Operator, Storage
-from rlkit.profiles.timing import Basis, Spread, Timing
+from rlkit.profiles.timing import Basis, Spread, Timing, milliseconds
 from rlkit.recover import recipe
 from rlkit.recover.recipe import Recipe, Rule, Scheme
 from shapes import LLAMA2_7B, QWEN3_4B, SMOLLM2_135M
@@ -140,3 +140,8 @@ def test_a_comparison_is_a_subtraction() -> None:
         made.minus(replace(measured, prompt_tokens=65))
     with pytest.raises(ValueError, match="no duration"):
         replace(made, ttft_seconds=0.0)
+
+
+def test_milliseconds_have_three_digits() -> None:
+    texts = [milliseconds(seconds) for seconds in (0.002314, 0.009996, 0.01524, 0.09996, 0.1526, 12.0)]
+    assert texts == ["2.31", "10.0", "15.2", "100", "153", "12000"]

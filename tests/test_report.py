@@ -12,9 +12,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from reports import bundle, divergence, measured, report
+from reports import bundle, divergence, forecast, measured, report
 from rlkit.profiles import plots, render
-from rlkit.profiles.report import Report, Stage, findings, read_report, time_ratio
+from rlkit.profiles.bench import Measurement, Round, summarize
+from rlkit.profiles.bundle import BundleSize
+from rlkit.profiles.report import Accuracy, Report, Stage, bundle_results, findings, read_report, time_ratio
+from shapes import SMOLLM2_135M
 
 EVIL = "<script>alert(\"x\")</script> & $x^2$ 'q'"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -106,7 +109,7 @@ def test_tables_have_a_cell_for_every_column_and_leave_the_unknown_empty() -> No
     assert all(len(row) == len(table.columns) for table in made.values() for row in table.rows)
     speed = made["Speed, measured and forecast"]
     assert speed.rows[0][-1] == "" and speed.rows[1][-1] == "230"
-    assert speed.rows[0][2] == "152 (145.9 to 162.6)"
+    assert speed.rows[0][2] == "152 (146 to 163)"
     assert made["Accuracy of the exported bundles"].rows[0][-2:] == ("", "")
     assert made["Recovery, stage by stage"].rows[0][1] == "2.9900 ± 0.0997"
     assert made["MB by kind of tensor"].rows[-1] == ("all", "86.34")
@@ -147,7 +150,7 @@ def test_drawings_are_valid_and_take_the_colour_of_the_page() -> None:
         assert "currentColor" in svg and plots.INK not in svg and "<text" in svg
         assert not re.search(r"#0{6}\b", svg)
     texts = "".join(ElementTree.fromstring(made["Forecast beside measurement"]).itertext())
-    assert "152 ms" in texts and "9.8 ms" in texts and "2.1 ms" in texts
+    assert "152 ms" in texts and "9.80 ms" in texts and "2.10 ms" in texts
     assert made == plots.svg_plots(report())  # the same numbers make the same file
 
 
@@ -159,6 +162,25 @@ def test_names_that_would_break_the_page_are_shown_as_they_are() -> None:
     page = parsed(text)
     assert "script" not in {tag for tag, _attributes in page.tags}
     assert EVIL in "".join(page.text)
+
+
+def test_bundles_measured_together_become_results() -> None:
+    names = ("w4", "w4w2-gateup")
+    rounds = ((Round(1.0, 0.10, 8), Round(1.0, 0.20, 8)), (Round(2.0, 0.15, 8), Round(2.0, 0.30, 8)))
+    timed = [
+        Measurement(name, (summarize(mine, 4), summarize(mine, 9)), (mine, mine))
+        for name, mine in zip(names, rounds, strict=True)
+    ]
+    sizes = [
+        BundleSize("w4", SMOLLM2_135M, {"gate_up": 4000}, 4),
+        BundleSize("mixed", SMOLLM2_135M, {"gate_up": 2000}, 2),
+    ]
+    made = [forecast(0.5, 0.05, 900), forecast(0.5, 0.04, 800)]
+    found = bundle_results(sizes, timed, made, [Accuracy(), Accuracy(agreement=divergence(0.01, 0.95, 50.0))])
+    assert [result.name for result in found] == list(names)
+    assert [result.tpot_ratio for result in found] == [None, pytest.approx(1.5)]
+    assert found[1].measurement == timed[1].timings[0] and found[1].forecast == made[1]
+    assert found[1].nbytes == 2000 and found[1].lowest_bits == 2 and found[1].agreement is not None
 
 
 def test_pngs_are_written(tmp_path: Path) -> None:
