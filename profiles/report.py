@@ -207,14 +207,28 @@ def _speed(first: BundleResult, other: BundleResult) -> str:
     word = "as fast as" if abs(ratio - 1.0) <= EQUAL else "slower than" if ratio > 1.0 else "faster than"
     names = f"{other.lowest_bits}-bit ({other.name}) is {word} {first.lowest_bits}-bit ({first.name}) on this machine"
     mine, theirs = 1e3 * other.measurement.tpot_seconds, 1e3 * first.measurement.tpot_seconds
-    text = f"{names}: {mine:.2f} ms per token against {theirs:.2f} ms, {ratio:.2f} times the time"
+    how = "the median of rounds side by side" if other.tpot_ratio is not None else "by these medians"
+    text = f"{names}: {mine:.2f} ms per token against {theirs:.2f} ms; {ratio:.2f} times the time, {how}"
+    return text + _bytes_against_time(first, other, ratio) + _doubt(first.measurement, other.measurement)
+
+
+def _bytes_against_time(first: BundleResult, other: BundleResult, ratio: float) -> str:
     moved, base = other.measurement.nbytes_per_token, first.measurement.nbytes_per_token
     if moved is None or base is None:
-        return f"{text}."
+        return "."
     less = f"{abs(1 - moved / base):.0%} {'fewer' if moved < base else 'more'} bytes"
     if (moved < base) == (ratio < 1.0):
-        return f"{text}, reading {less} per token."
-    return f"{text}, although it reads {less} per token: on this model, bytes are not what decides the time."
+        return f", reading {less} per token."
+    return f", although it reads {less} per token: on this model, bytes are not what decides the time."
+
+
+def _doubt(first: Timing, other: Timing) -> str:
+    """A warning where the middle 80 % of both times overlap."""
+    a, b = first.spread, other.spread
+    if a is None or b is None:
+        return ""
+    apart = a.tpot_p90_seconds < b.tpot_p10_seconds or b.tpot_p90_seconds < a.tpot_p10_seconds
+    return "" if apart else " Their times overlap from round to round, so another run may say otherwise."
 
 
 def _size(first: BundleResult, other: BundleResult) -> str:

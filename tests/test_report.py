@@ -76,20 +76,23 @@ def test_another_schema_and_a_damaged_report_are_refused() -> None:
 def test_it_says_that_two_bits_are_slower_when_they_are() -> None:
     (text,) = [line for line in findings(report()) if line.startswith("2-bit")]
     assert "2-bit (w4w2-gateup) is slower than 4-bit (w4) on this machine: 9.80 ms per token against 7.90 ms" in text
-    assert "1.24 times the time, although it reads 13% fewer bytes" in text
+    assert "1.24 times the time, the median of rounds side by side, although it reads 13% fewer bytes" in text
+    assert "overlap" not in text
 
 
 def test_it_says_that_two_bits_are_faster_when_they_are() -> None:
     quick = bundle("w4w2-gateup", measurement=measured(0.15, 0.0058, 73_500_000), tpot_ratio=0.73)
     (text,) = [line for line in findings(report(bundles=(bundle("w4"), quick))) if line.startswith("2-bit")]
-    assert "is faster than 4-bit" in text and "0.73 times the time, reading 13% fewer bytes" in text
+    assert "is faster than 4-bit" in text and "side by side, reading 13% fewer bytes" in text
     assert "although" not in text
 
 
 def test_ratios_within_two_percent_are_equal_and_medians_serve_where_rounds_were_not_paired() -> None:
     same = bundle("w4w2-gateup", measurement=measured(0.15, 0.0080, 73_500_000), tpot_ratio=None)
     assert time_ratio(bundle("w4"), same) == pytest.approx(0.0080 / 0.0079)
-    assert "is as fast as" in " ".join(findings(report(bundles=(bundle("w4"), same))))
+    text = " ".join(findings(report(bundles=(bundle("w4"), same))))
+    assert "is as fast as" in text and "1.01 times the time, by these medians" in text
+    assert "Their times overlap from round to round, so another run may say otherwise." in text
 
 
 def test_it_says_what_the_reference_is_and_how_much_was_recovered() -> None:
