@@ -106,6 +106,11 @@ def emit_json(value: Any) -> None:
     emit(json.dumps(value, indent=2, allow_nan=False))
 
 
+def emit_json_line(value: Any) -> None:
+    """One of several results, as one line of JSON."""
+    emit(json.dumps(value, allow_nan=False))
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
     """A table on standard output; columns whose cells are all numbers or empty are right-aligned."""
     from rich import box

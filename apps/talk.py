@@ -72,6 +72,7 @@ def chat(
     seed: Seed = None,
     system: System = None,
     threads: Threads = None,
+    json: Annotated[bool, typer.Option("--json", help="Print each reply as one line of JSON, complete.")] = False,
 ) -> None:
     """Talk with a bundle; one line is one message.
 
@@ -82,7 +83,7 @@ def chat(
     if sys.stdin.isatty():
         console.say(f"{bundle}: context of {session.context_length} tokens, {session.threads} threads")
         console.say(HELP)
-    converse(session, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
+    converse(session, system=system, max_new_tokens=max_new_tokens, sampling=sampling, json=json)
 
 
 def converse(
@@ -92,8 +93,9 @@ def converse(
     max_new_tokens: int = 512,
     sampling: Sampling | None = None,
     ask: Callable[[], str] | None = None,
+    json: bool = False,
 ) -> None:
-    """Read messages with `ask` until it raises EOFError or /quit comes; stream each reply."""
+    """Read messages with `ask` until it raises EOFError or /quit comes; stream each reply, or print it as JSON."""
     talk = Chat(model, system=system)
     while True:
         try:
@@ -110,19 +112,25 @@ def converse(
         if text.startswith("/"):
             _command(talk, text)
         elif text:
-            _answer(talk, text, max_new_tokens, sampling)
+            _answer(talk, text, max_new_tokens, sampling, json)
 
 
-def _answer(talk: Chat, text: str, max_new_tokens: int, sampling: Sampling | None) -> None:
-    note = ""
+def _answer(talk: Chat, text: str, max_new_tokens: int, sampling: Sampling | None, json: bool) -> None:
+    note, said = "", []
     try:
         with contextlib.closing(talk.reply(text, max_new_tokens=max_new_tokens, sampling=sampling)) as reply:
             for token in reply:
-                _show(token)
+                said.append(token.text)
+                if not json:
+                    _show(token)
     except KeyboardInterrupt:  # the reply stops, the conversation goes on
         note = " (stopped)"
     except ValueError as error:  # such as a message that does not fit the context
         console.say(f"error: {error}")
+        return
+    if json:
+        numbers = _speed_json(talk.last_speed) if talk.last_speed else {}
+        console.emit_json_line({"schema_version": 1, "text": "".join(said), "stopped": bool(note), **numbers})
         return
     console.emit(note)
     console.say(f"[{talk.last_speed}]")

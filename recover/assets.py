@@ -172,7 +172,9 @@ def _download(asset: Asset, folder: Path, tell: Tell) -> Path:
         nbytes = min(nbytes_below(folder), asset.nbytes)
         tell(Progress(f"download {asset.name}", nbytes, asset.nbytes, megabytes(nbytes, asset.nbytes)))
 
-    returncode = _watched(command, log, {**os.environ, "TMPDIR": str(folder)}, arrived)
+    returncode = _watched(
+        command, log, {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}, arrived
+    )
     arrived()
     wheels = list(folder.glob("*.whl"))
     if returncode != 0 or len(wheels) != 1:

@@ -126,6 +126,13 @@ def test_chat_answers_a_pipe(bundle: Path) -> None:
     assert done.stdout.strip()
 
 
+def test_chat_as_json_is_a_line_per_reply(capsys: pytest.CaptureFixture[str]) -> None:
+    talk.converse(Echo(), ask=lines("hi", "again"), json=True)
+    replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [reply["text"] for reply in replies] == ["yes!", "yes!"]
+    assert all(reply["new_tokens"] == 4 and not reply["stopped"] for reply in replies)
+
+
 def test_run_reads_a_pipe(bundle: Path) -> None:
     argv = [sys.executable, "-m", "rlkit.apps.cli", "run", str(bundle), "-", "-n", "5", "--json"]
     done = subprocess.run(argv, input="hello", capture_output=True, text=True, check=True)
