@@ -38,15 +38,16 @@ def recover(
     """
     chosen = recipes.load(recipe)
     atomic.refuse_existing(out, force=force)
-    if not dry_run:
-        from rlkit.recover import recovery  # before any download: a missing torch is said first
     with console.progress(quiet=json) as tell:
         found = source.resolve(model, download=model in assets.registry() and not dry_run, tell=tell)
         if found.kind not in (source.SourceKind.HF, source.SourceKind.GGUF):
             raise ValueError(f"{model} is a {found.kind} already; name the model it was made of")
+        planned = plan.plan_recipe(source.read_shape(found), chosen)
         if dry_run:
-            _show_plan(plan.plan_recipe(source.read_shape(found), chosen), out, json)
+            _show_plan(planned, out, json)
             return
+        from rlkit.recover import recovery
+
         recovery.recover(found, chosen, out, force=force, tell=tell)
     _made(out, json, next_step=f"rlkit export {out} -o BUNDLE")
 

@@ -1,0 +1,113 @@
+"""The commands recover and export, on tiny models: what they refuse, what they show, what they make."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tiny
+from rlkit.apps import cli
+from test_source import write_gguf
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny.checkpoint(tiny.llama(root / "hf"), root / "checkpoint", tiny.W4W2)
+    return root
+
+
+def test_export_makes_a_bundle_and_says_what_it_is(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    assert cli.run(["export", str(models / "checkpoint"), "-o", str(out), "--json"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert (facts["kind"], facts["path"], facts["recipe"]) == ("bundle", str(out), "w4w2-gateup")
+    assert captured.err == ""
+    assert cli.run(["export", str(models / "checkpoint"), "-o", str(out)]) == 2
+    assert "exists already; pass --force" in capsys.readouterr().err
+    assert cli.run(["export", str(models / "checkpoint"), "-o", str(out), "--force"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{out}: bundle, ") and f'next: rlkit run {out} "Hello"' in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["export", "checkpoint"], ["recover", "hf", "--recipe", "w4w2-gateup"]], ids=lambda words: words[0]
+)
+def test_dry_runs_agree_and_make_nothing(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    command, model, *options = arguments
+    words = [command, str(models / model), "-o", str(tmp_path / "out"), "--dry-run", *options]
+    assert cli.run(words) == 0
+    assert "nothing is made with --dry-run" in capsys.readouterr().err
+    assert cli.run([*words, "--json"]) == 0
+    bits = {row["kind"]: row["bits"] for row in json.loads(capsys.readouterr().out)["plan"]["tensors"]}
+    assert bits["gate_up"] == 2 and bits["down"] == bits["attention"] == bits["lm_head"] == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "hf"], "is a hf, not a checkpoint; make one with `rlkit recover`"),
+        (["export", "nowhere"], "no such file, folder or asset"),
+        (["export", "checkpoint", "--target", "moon"], "target 'moon' is not offered"),
+        (["export", "checkpoint", "--accuracy-level", "7"], "accuracy_level = 7 does not exist"),
+        (["export", "checkpoint", "--threads", "0"], "'--threads'"),
+        (["recover", "checkpoint"], "is a checkpoint already; name the model it was made of"),
+        (["recover", "hf", "--recipe", "w3"], "no recipe 'w3': named ones are"),
+        (["recover", "hf", "--recipe", "bad.toml"], "bad.toml, line 2: bits = 3 is not offered"),
+        (["recover", "gemma.gguf"], "architecture gemma3 is not supported"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_nothing_is_made(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text("[[rule]]\nbits = 3\n", encoding="utf-8")
+    write_gguf(Path("gemma.gguf"), architecture="gemma3")
+    command, model, *options = arguments
+    place = models / model if (models / model).exists() else Path(model)
+    assert cli.run([command, str(place), "-o", "out", *options]) == 2
+    out, err = capsys.readouterr()
+    line = err.splitlines()[-1]
+    assert out == "" and line.startswith("error: ") and words in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "gemma.gguf"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interrupted_export_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "rlkit.apps.cli",
+        "export",
+        str(models / "checkpoint"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == ""
+    assert err.splitlines()[-1].startswith("interrupted") and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
