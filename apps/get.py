@@ -101,7 +101,9 @@ def inspect(
         tied = "tied embedding" if shape["tied"] else "separate lm_head"
         console.emit(f"{shape['architecture']}  {sizes}  {heads}  {tied}  {facts['parameters'] / 1e6:.1f} M parameters")
     if facts["recipe"]:
-        console.emit(f"recipe {facts['recipe']}")
+        measured = facts["divergence"]
+        found = f", KL to the original {measured['kl_mean']:.4f} nats/token" if measured else ""
+        console.emit(f"recipe {facts['recipe']}{found}")
     _print_tensors(facts)
 
 

@@ -22,17 +22,23 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be made
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
 
-def recover(
+def recover(  # noqa: PLR0913, one parameter per option of the command
     model: Annotated[str, typer.Argument(help="A model: asset name, hub id, Hugging Face folder or .gguf file.")],
     out: Out,
     recipe: Annotated[
         str, typer.Option(help=f"Which tensors get how many bits: {', '.join(recipes.NAMED)}, or a TOML file.")
     ] = "w4w2-gateup",
+    sequences: Annotated[int, typer.Option(min=16, help="How many texts to sample from the model.")] = 128,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in each of them.")] = 256,
+    steps: Annotated[int, typer.Option(min=0, help="Distillation steps; 0 leaves distillation out.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Sampling and training repeat with the same seed.")] = 0,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Quantize a model and recover its accuracy on text that the model writes itself; the result is a checkpoint.
+
+    The same call continues where an interrupted one stopped.
 
     Example: rlkit recover smollm2-135m -o ./checkpoint --recipe w4w2-gateup
     """
@@ -46,9 +52,15 @@ def recover(
         if dry_run:
             _show_plan(planned, out, json)
             return
-        from rlkit.recover import recovery
+        from rlkit.recover import distill, recovery, synthesize
 
-        recovery.recover(found, chosen, out, force=force, tell=tell)
+        settings = recovery.Settings(
+            sampling=synthesize.Sampling(sequences=sequences, length=length, seed=seed),
+            distillation=distill.Distillation(steps=steps, seed=seed),
+        )
+        recovery.recover(found, chosen, out, settings=settings, force=force, tell=tell)
+    if not json:
+        _show_stages(source.read_json(out / "recovery.json"))
     _made(out, json, next_step=f"rlkit export {out} -o BUNDLE")
 
 
@@ -104,6 +116,19 @@ def _show_plan(planned: plan.Plan, out: Path, json: bool) -> None:
     cells.append(("all", "-", "-", "-", console.nbytes_text(planned.nbytes)))
     console.table(("tensors", "bits", "group", "kernel", "bytes"), cells, title=f"bundle for {planned.target.name}")
     console.say(f"nothing is made with --dry-run; without it: {out}")
+
+
+def _show_stages(recovery: dict[str, Any]) -> None:
+    """The divergence after each stage that measured one."""
+    columns = ("stage", "time", "KL, nats/token", "same top-1")
+    rows = [(row["stage"], console.duration(row["seconds"]), *_figures(row)) for row in recovery["stages"]]
+    console.emit(f"divergence from the original on {recovery['measured_on']}")
+    console.table(columns, rows)
+
+
+def _figures(row: dict[str, Any]) -> tuple[str, str]:
+    found = row["divergence"]
+    return (f"{found['kl_mean']:.4f}", f"{100 * found['top1_agreement']:.1f}%") if found else ("-", "-")
 
 
 def _made(out: Path, json: bool, *, next_step: str) -> None:

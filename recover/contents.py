@@ -60,7 +60,7 @@ def describe(source: Source) -> dict[str, Any]:
             raise
         facts |= {"shape": None, "parameters": None, "note": str(error)}
     facts["tensors"] = _by_kind(_pieces(source))
-    facts["recipe"] = _recipe_name(source.path)
+    facts |= {"recipe": _recipe_name(source.path), "divergence": _divergence(source.path)}
     return facts
 
 
@@ -71,6 +71,17 @@ def _files(source: Source) -> Iterable[Path]:
 def _recipe_name(folder: Path) -> str | None:
     path = folder / "recipe.toml"
     return str(tomllib.loads(path.read_text(encoding="utf-8")).get("name")) if path.is_file() else None
+
+
+def _divergence(folder: Path) -> dict[str, Any] | None:
+    """What the folder's maker measured last: a bundle states it, a checkpoint logs it stage by stage."""
+    found: dict[str, Any] | None = None
+    if (folder / "rlkit.json").is_file():
+        found = read_json(folder / "rlkit.json").get("divergence")
+    elif (folder / "recovery.json").is_file():
+        for stage in read_json(folder / "recovery.json").get("stages", []):
+            found = stage["divergence"] or found
+    return found
 
 
 def _pieces(source: Source) -> Iterator[Piece]:

@@ -41,6 +41,27 @@ def test_export_makes_a_bundle_and_says_what_it_is(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_recover_makes_a_checkpoint_that_export_takes(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    words = ["recover", str(models / "hf"), "-o", str(made), "--sequences", "16", "--length", "16", "--steps", "1"]
+    assert cli.run(words) == 0
+    captured = capsys.readouterr()
+    assert "corrected" in captured.out and f"next: rlkit export {made}" in captured.err
+    assert cli.run(["inspect", str(made)]) == 0
+    assert "recipe w4w2-gateup, KL to the original 0." in capsys.readouterr().out
+    assert cli.run([*words, "--json"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.run([*words, "--json", "--force", "--recipe", "w4"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert facts["recipe"] == "w4" and facts["divergence"]["kl_mean"] > 0 and captured.err == ""
+    assert cli.run(["export", str(made), "-o", str(tmp_path / "bundle"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "w4"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "made"]
+
+
 @pytest.mark.parametrize(
     "arguments", [["export", "checkpoint"], ["recover", "hf", "--recipe", "w4w2-gateup"]], ids=lambda words: words[0]
 )
