@@ -102,7 +102,9 @@ def inspect(
         console.emit(f"{shape['architecture']}  {sizes}  {heads}  {tied}  {facts['parameters'] / 1e6:.1f} M parameters")
     if facts["recipe"]:
         measured = facts["divergence"]
-        found = f", KL to the original {measured['kl_mean']:.4f} nats/token" if measured else ""
+        found = (
+            f", KL to the original {measured['kl_mean']:.4f} nats/token" if measured and "kl_mean" in measured else ""
+        )
         console.emit(f"recipe {facts['recipe']}{found}")
     _print_tensors(facts)
 
