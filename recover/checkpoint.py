@@ -1,0 +1,130 @@
+"""The checkpoint folder: what `recover` writes and `export` reads, a Hugging Face folder that others can read too.
+
+    config.json         quantization_config = {quant_method: olive, bits, group_size, symmetric, overrides}
+    model.safetensors   <module>.qweight uint8 (N, K*bits/8), .scales float32 (N, G), .qzeros uint8 (N, ceil(G*bits/8));
+                        every other tensor under its own name
+    adapter/            PEFT folder of the low-rank corrections, if there are any
+    recipe.toml         the recipe that made it
+    recovery.json       what was done: settings, seeds, counts, seconds, divergence by stage, provenance
+
+A tied embedding is stored once, as the quantized `lm_head`, plus its dequantized values as `model.embed_tokens.weight`
+(float16) for readers that want a float table; `load_checkpoint` takes the exact integers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlkit.recover import adapter, packing
+from rlkit.recover.atomic import need_space, write_json, write_text
+from rlkit.recover.correct import LowRank
+from rlkit.recover.model import quiet_transformers
+from rlkit.recover.quantize import Quantized
+from rlkit.recover.recipe import Recipe
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """Everything a checkpoint holds: by module name the quantized weights and corrections, and all other tensors."""
+
+    quantized: dict[str, Quantized]
+    low_ranks: dict[str, LowRank]
+    tensors: dict[str, torch.Tensor]
+
+
+def write_checkpoint(
+    folder: Path, recovered: Recovered, model: Any, tokenizer: Any, recipe: Recipe, recovery: dict[str, Any]
+) -> None:
+    """Write the files into the existing, empty `folder` (see atomic.fresh_folder)."""
+    tensors: dict[str, torch.Tensor] = {name: tensor.contiguous() for name, tensor in recovered.tensors.items()}
+    for name, quantized in recovered.quantized.items():
+        bits = quantized.scheme.bits
+        tensors[f"{name}.qweight"] = torch.from_numpy(packing.pack(quantized.codes.numpy(), bits))
+        tensors[f"{name}.scales"] = quantized.scales.contiguous()
+        tensors[f"{name}.qzeros"] = torch.from_numpy(packing.pack(quantized.zeros.numpy(), bits))
+    if model.config.tie_word_embeddings and "lm_head" in recovered.quantized:
+        tensors["model.embed_tokens.weight"] = recovered.quantized["lm_head"].dequantize().half()
+    need_space(folder, sum(tensor.nbytes for tensor in tensors.values()) + 64_000_000)
+    with quiet_transformers():
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization_config(recovered.quantized)
+    write_json(folder / "config.json", config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if recovered.low_ranks:
+        adapter.save_adapters(folder / "adapter", recovered.low_ranks, str(recovery["source"]["reference"]))
+    write_text(folder / "recipe.toml", recipe.to_toml())
+    write_json(folder / "recovery.json", {"schema_version": SCHEMA_VERSION, **recovery})
+
+
+def quantization_config(quantized: dict[str, Quantized]) -> dict[str, Any]:
+    """The `quantization_config` of config.json: the most common bits and group globally, the rest as overrides."""
+    kinds = Counter((q.scheme.bits, q.scheme.group) for q in quantized.values())
+    bits, group = kinds.most_common(1)[0][0]
+    overrides = {
+        name: {"bits": q.scheme.bits, "group_size": q.scheme.group}
+        for name, q in quantized.items()
+        if (q.scheme.bits, q.scheme.group) != (bits, group)
+    }
+    symmetric = all(q.scheme.symmetric for q in quantized.values())
+    return {
+        "quant_method": "olive",
+        "bits": bits,
+        "group_size": group,
+        "symmetric": symmetric,
+        "overrides": overrides,
+    }
+
+
+def load_checkpoint(folder: Path) -> tuple[Any, Any]:
+    """The checkpoint as a float32 torch model (dequantized weights plus corrections) and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no model.safetensors; make one with `rlkit recover`")
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        quantization = config.quantization_config
+        delattr(config, "quantization_config")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    state = _dequantized(load_file(file), quantization)
+    for name, low_rank in adapter.load_adapters(folder / "adapter").items():
+        state[f"{name}.weight"] += low_rank.product()
+    if config.tie_word_embeddings and "lm_head.weight" in state:
+        state["model.embed_tokens.weight"] = state["lm_head.weight"]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    left = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
+    if left or unexpected:
+        raise ValueError(f"{folder} does not fit its config.json: {(left + unexpected)[:3]}; make it again")
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _dequantized(tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part in ("scales", "qzeros"):
+            continue
+        if part != "qweight":
+            state[name] = tensor.float()
+            continue
+        override = quantization["overrides"].get(module, {})
+        bits = override.get("bits", quantization["bits"])
+        group = override.get("group_size", quantization["group_size"])
+        scales, zeros = tensors[f"{module}.scales"].numpy(), tensors[f"{module}.qzeros"].numpy()
+        weight = packing.dequantize(tensor.numpy(), scales, zeros, bits, group, tensor.shape[1] * 8 // bits)
+        state[f"{module}.weight"] = torch.from_numpy(weight)
+    return state

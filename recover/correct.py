@@ -1,0 +1,95 @@
+"""Closed-form low-rank correction: the rank-r matrix that takes back most of what quantization did to the output.
+
+With weight error E = W - Q (N, K), input second moment H = R R^T and output-gradient second moment G = L L^T, the
+correction B A minimizes || L^T (E - B A) R ||_F. Substituting X = L^T E R, its solution is the truncated SVD of X
+(Eckart-Young): with V (K, r) the leading right singular vectors, B = L^-T X V and A = V^T R^-1. Without G this is the
+activation-aware correction of LQER/CALDERA; with G the error is weighed by what it does to the model's output
+distribution (K-FAC, see statistics.py), which measured 0.06 nats better on SmolLM2-135M.
+
+Quantization and correction are alternated: what the correction can express need not be quantized well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rlkit.recover.compensate import Compensation, compensate, damped
+from rlkit.recover.quantize import Quantized
+from rlkit.recover.recipe import Scheme
+
+INPUT_DAMPING = 0.01
+OUTPUT_DAMPING = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The correction B A: a (r, K), b (N, r)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def product(self) -> torch.Tensor:
+        """B A, (N, K)."""
+        return self.b @ self.a
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments of one linear: input (K, K); output gradient (N, N), (N,) for its diagonal, or None."""
+
+    input: torch.Tensor
+    output: torch.Tensor | None = None
+
+
+def correct(error: torch.Tensor, moments: Moments, rank: int) -> LowRank:
+    """The best rank-`rank` approximation of `error` (N, K) in the metric of `moments`."""
+    root = torch.linalg.cholesky(damped(moments.input, INPUT_DAMPING))  # (K, K) lower, H = R R^T
+    weighed = _weigh(error @ root, moments.output)
+    _, vectors = torch.linalg.eigh(weighed.T @ weighed)
+    leading = vectors[:, -rank:]  # (K, r)
+    b = _unweigh(weighed @ leading, moments.output)
+    a = torch.linalg.solve_triangular(root.T, leading, upper=True).T
+    balance = (b.norm(dim=0) / a.norm(dim=1)).clamp(min=1e-12).sqrt()  # equal norms suit Adam and the 8-bit grid
+    return LowRank(a * balance[:, None], b / balance)
+
+
+def _weigh(x: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
+    if output is None:
+        return x
+    return _diagonal(output)[:, None] * x if output.dim() == 1 else _root(output).T @ x
+
+
+def _unweigh(x: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
+    if output is None:
+        return x
+    if output.dim() == 1:
+        return x / _diagonal(output)[:, None]
+    return torch.linalg.solve_triangular(_root(output).T, x, upper=True)
+
+
+def _diagonal(output: torch.Tensor) -> torch.Tensor:
+    return (output + OUTPUT_DAMPING * output.mean().clamp(min=1e-20)).sqrt()
+
+
+def _root(output: torch.Tensor) -> torch.Tensor:
+    scaled = output / output.diagonal().mean().clamp(min=1e-30)  # gradients are tiny: keep float32 in its range
+    return torch.linalg.cholesky(damped(scaled, OUTPUT_DAMPING))
+
+
+def alternate(
+    weight: torch.Tensor, moments: Moments, scheme: Scheme, *, rounds: int, options: Compensation | None = None
+) -> Iterator[tuple[Quantized, LowRank]]:
+    """Yield the state after each round: compensate what the correction leaves, correct what the codes leave.
+
+    The first state is plain compensation followed by one correction.
+    """
+    quantized = compensate(weight, moments.input, scheme, options)
+    low_rank = correct(weight - quantized.dequantize(), moments, scheme.adapter_rank)
+    yield quantized, low_rank
+    for _ in range(rounds):
+        quantized = compensate(weight - low_rank.product(), moments.input, scheme, options)
+        low_rank = correct(weight - quantized.dequantize(), moments, scheme.adapter_rank)
+        yield quantized, low_rank

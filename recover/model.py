@@ -1,0 +1,101 @@
+"""Loading a torch model and its tokenizer from a resolved source; the only place that calls transformers' loaders."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlkit.recover.source import Source, SourceKind
+
+Array = NDArray[Any]
+
+
+def load_model(source: Source) -> tuple[Any, Any]:
+    """The float32 model in evaluation mode and its tokenizer, from local files only.
+
+    A GGUF's integer weights are dequantized by transformers: those values are then the full-precision reference.
+    Raises ValueError for a bundle or checkpoint (neither is a full-precision model) and for unreadable files.
+    """
+    if source.kind not in (SourceKind.HF, SourceKind.GGUF):
+        raise ValueError(
+            f"{source.reference} is a {source.kind} folder, which is quantized already; name the full-precision model"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    extra: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **extra
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.path, local_files_only=True, trust_remote_code=False, **extra
+            )
+        except (OSError, KeyError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"{source.reference} cannot be loaded: {first}; fetch it again or name another") from error
+    if source.gguf_file:
+        _forget_gguf(model)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _forget_gguf(model: Any) -> None:
+    """Drop the marks of the file format: the weights are plain float now and may be saved as such."""
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars and remarks out of the terminal; rlkit shows its progress itself."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tqdm_was = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if tqdm_was is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = tqdm_was
+
+
+def logits_fn(model: Any) -> Any:
+    """`model` as a LogitsFn: ids (B, T) int64 -> logits (B, T, V) float32, rows padded on the right."""
+
+    @torch.no_grad()
+    def logits(ids: Array) -> Array:
+        return model(input_ids=torch.from_numpy(np.ascontiguousarray(ids)), use_cache=False).logits.float().numpy()  # type: ignore[no-any-return]
+
+    return logits
+
+
+def linears(model: Any) -> dict[str, torch.nn.Linear]:
+    """Every linear by module name, lm_head included, in forward order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it in hardware, else float32."""
+    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # type: ignore[no-untyped-call]
+    return torch.bfloat16 if capable else torch.float32
+
+
+def autocast() -> torch.autocast:
+    """A context in which matrix products run in `fast_dtype`."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_dtype() is torch.bfloat16)

@@ -1,0 +1,107 @@
+"""Weights on integer grids: weight (N, K) <-> Quantized(codes, scales, zeros).
+
+    codes   (N, K)        uint8 in 0 .. 2^bits - 1
+    scales  (N, K/group)  float32 holding float16 values, so every reader computes with the same number
+    zeros   (N, K/group)  uint8; dequantized weight = (codes - zeros) * scales
+
+Round-to-nearest with a range search is the floor that `compensate.py` starts from: for each group, a list of scales and
+zero points is tried and the one with the smallest weighted squared error is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlkit.recover.recipe import Scheme
+
+SHRINK_STEPS = 20  # scales tried per zero point, from the full range down
+SHRINK_LOWEST = {2: 0.35, 4: 0.6, 8: 0.9}  # smallest fraction of the full range worth trying, by bits
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A quantized matrix: codes (N, K) uint8, scales (N, G) float32, zeros (N, G) uint8, and its scheme."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    scheme: Scheme
+
+    def dequantize(self) -> torch.Tensor:
+        """The float32 weight (N, K) that the codes stand for."""
+        n, k = self.codes.shape
+        codes = self.codes.view(n, -1, self.scheme.group).float()
+        return ((codes - self.zeros[..., None].float()) * self.scales[..., None]).view(n, k)
+
+
+def snap_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Scales rounded to float16 values (kept as float32), none zero or beyond float16's normal range."""
+    return scales.clamp(min=2.0**-14, max=60000.0).half().float()
+
+
+def search_grid(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point per group with the least squared error, weighted by `importance` (K,) >= 0.
+
+    Args:
+        weight: (N, K) with K a multiple of scheme.group.
+
+    Returns:
+        scales (N, G) float32, zeros (N, G) float32 (whole numbers).
+    """
+    n, k = weight.shape
+    groups = weight.view(n, -1, scheme.group)  # (N, G, group)
+    weights = torch.ones(k) if importance is None else importance
+    metric = weights.view(1, -1, scheme.group)
+    top = 2**scheme.bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # (N, G): zero stays representable
+    best = torch.full_like(low, torch.inf)
+    scales, zeros = torch.ones_like(low), torch.zeros_like(low)
+    for shrink in torch.linspace(1.0, SHRINK_LOWEST[scheme.bits], SHRINK_STEPS).tolist():
+        for scale, zero in _candidates(low * shrink, high * shrink, scheme, top):
+            scale = snap_scales(scale)
+            codes = (groups / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, top)
+            error = codes.sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups).square_().mul_(metric).sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return scales, zeros
+
+
+def _candidates(
+    low: torch.Tensor, high: torch.Tensor, scheme: Scheme, top: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if scheme.symmetric:
+        zero = torch.full_like(low, 2 ** (scheme.bits - 1))
+        return [(torch.maximum(-low, high) / zero, zero)]
+    if scheme.bits > 2:
+        scale = ((high - low) / top).clamp(min=1e-12)
+        return [(scale, (-low / scale).round().clamp(0, top))]
+    # With four levels the zero point is worth trying outright: each one with the smallest scale covering both ends.
+    pairs = []
+    for zero in (1.0, 2.0):
+        scale = torch.maximum(-low / zero, high / (top - zero))
+        pairs.append((scale, torch.full_like(low, zero)))
+    return pairs
+
+
+def quantize_nearest(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None) -> Quantized:
+    """Round-to-nearest on the searched grid; the baseline that every other method has to beat.
+
+    Args:
+        weight: (N, K); importance: (K,) or None for a plain squared error.
+    """
+    weight = weight.detach().float()
+    scales, zeros = search_grid(weight, scheme, importance)
+    return on_grid(weight, scales, zeros, scheme)
+
+
+def on_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scheme: Scheme) -> Quantized:
+    """The nearest codes of `weight` (N, K) on a given grid (N, G)."""
+    n, k = weight.shape
+    top = 2**scheme.bits - 1
+    codes = (weight.view(n, -1, scheme.group) / scales[..., None]).round() + zeros[..., None]
+    return Quantized(codes.clamp(0, top).to(torch.uint8).view(n, k), scales, zeros.to(torch.uint8), scheme)

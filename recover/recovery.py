@@ -1,0 +1,259 @@
+"""The act of recovery, stage by stage: source model -> quantized, corrected, distilled -> checkpoint folder.
+
+    synthesize      sequences sampled from the model itself
+    statistics      second moments of inputs and output gradients, from one pass over some of them
+    round-to-nearest  the floor, measured and thrown away
+    compensated     codes chosen with error compensation
+    corrected       low-rank corrections, alternated with compensation
+    distilled       corrections and norms trained towards the original's logits
+
+After each stage `measure` (handed in by the caller) is asked for the divergence to the original model. Long work lies in
+a folder beside the output until the checkpoint is complete, so that the same call continues after a kill.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlkit.recover import adapter, layers
+from rlkit.recover.atomic import fresh_folder, refuse_existing
+from rlkit.recover.checkpoint import Recovered, write_checkpoint
+from rlkit.recover.compensate import Compensation
+from rlkit.recover.correct import LowRank
+from rlkit.recover.distill import Distillation, distill, forward_backward
+from rlkit.recover.model import fast_dtype, linears, load_model, logits_fn
+from rlkit.recover.progress import Progress, Tell, silent
+from rlkit.recover.recipe import Recipe, Scheme
+from rlkit.recover.source import Source
+from rlkit.recover.statistics import collect
+from rlkit.recover.synthesize import Sampling, synthesize
+
+Measure = Callable[[Any], dict[str, Any]]
+HELD_OUT_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much of everything: sampled text, rows used for statistics, alternation rounds, distillation steps."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    statistics_rows: int = 128
+    rounds: int = 3
+    compensation: Compensation = field(default_factory=Compensation)
+    distillation: Distillation = field(default_factory=Distillation)
+
+    def __post_init__(self) -> None:
+        if self.statistics_rows < 1 or self.rounds < 0:
+            raise ValueError(
+                f"statistics_rows = {self.statistics_rows} must be at least 1 and rounds = {self.rounds} at least 0"
+            )
+
+
+class _Stages:
+    """The log of finished stages: name, wall seconds since the one before, divergence to the original."""
+
+    def __init__(self, measure: Measure, tell: Tell) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._measure, self._tell, self._since = measure, tell, time.perf_counter()
+
+    def finish(self, name: str, model: Any = None) -> None:
+        """Close a stage; with a model, measure it (which counts as no stage's time)."""
+        seconds = time.perf_counter() - self._since
+        divergence = self._measure(logits_fn(model)) if model is not None else None
+        self.rows.append({"stage": name, "seconds": round(seconds, 2), "divergence": divergence})
+        self._since = time.perf_counter()
+
+
+def recover(
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    *,
+    settings: Settings | None = None,
+    measure: Measure | None = None,
+    force: bool = False,
+    tell: Tell = silent,
+) -> Path:
+    """Make the checkpoint folder `out` and return it.
+
+    `measure` maps a LogitsFn to a JSON object with at least "kl_mean"; without it the divergence is taken on synthetic
+    sequences that nothing else uses. Raises ValueError for a source or recipe that cannot be used, FileExistsError if
+    `out` exists and not `force`.
+    """
+    settings = settings or Settings()
+    refuse_existing(out, force=force)
+    work = out.with_name(f".{out.name}.work")
+    key = fingerprint(source, recipe, settings)
+    model, tokenizer = load_model(source)
+    schemes = resolved_schemes(model, recipe)
+    ids = _sample(model, tokenizer, settings.sampling, work, fingerprint(source, None, settings), tell)
+    train, held_out = ids[HELD_OUT_ROWS:], ids[:HELD_OUT_ROWS]
+    stages = _Stages(measure or _synthetic_measure(model, held_out), tell)
+    stages.finish("synthesize")
+    recovered = _recover(model, schemes, train, settings, work / key, stages, tell)
+    facts = {
+        "source": _source_facts(source, model),
+        "settings": asdict(settings),
+        "stages": stages.rows,
+        "measured_on": "held-out text" if measure else f"{HELD_OUT_ROWS} held-out synthetic sequences",
+        "synthetic_tokens": int(ids.size),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+    }
+    with fresh_folder(out, force=force) as folder:
+        write_checkpoint(folder, recovered, model, tokenizer, recipe, facts)
+    shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def fingerprint(source: Source, recipe: Recipe | None, settings: Settings) -> str:
+    """A short key of everything that decides the result, so that kept work is only reused for the same job."""
+    file = source.file if source.file.is_file() else source.path / "config.json"
+    stamp = [str(source.file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+    what = asdict(settings) if recipe else asdict(settings.sampling)
+    text = json.dumps([stamp, recipe.to_toml() if recipe else "", what], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def resolved_schemes(model: Any, recipe: Recipe) -> dict[str, Scheme]:
+    """The scheme of every linear that the recipe quantizes, its group fitted to the matrix.
+
+    Raises ValueError if q, k and v of a layer differ in bits or group: export packs them into one matrix.
+    """
+    schemes = {}
+    for name, module in linears(model).items():
+        scheme = recipe.scheme_for(name)
+        if scheme is not None:
+            try:
+                schemes[name] = scheme.resolve(module.in_features)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    if not schemes:
+        raise ValueError(f"recipe {recipe.name} matches no linear of this model; its patterns name modules like '*_proj'")
+    for name, scheme in schemes.items():
+        if name.endswith(".q_proj"):
+            for other in (name[:-6] + "k_proj", name[:-6] + "v_proj"):
+                if other not in schemes or (schemes[other].bits, schemes[other].group) != (scheme.bits, scheme.group):
+                    raise ValueError(f"{name} and {other} need the same bits and group; give them one rule")
+    return schemes
+
+
+def _sample(model: Any, tokenizer: Any, plan: Sampling, work: Path, key: str, tell: Tell) -> NDArray[np.int64]:
+    sampler = copy.deepcopy(model).to(fast_dtype()) if fast_dtype() is not torch.float32 else model
+    return synthesize(sampler, tokenizer, plan, shards=work / f"synthetic-{key}", tell=tell)
+
+
+def _recover(
+    model: Any,
+    schemes: dict[str, Scheme],
+    ids: NDArray[np.int64],
+    settings: Settings,
+    work: Path,
+    stages: _Stages,
+    tell: Tell,
+) -> Recovered:
+    student = copy.deepcopy(model)
+    kept = work / "corrected.safetensors"
+    adapted = [name for name, scheme in schemes.items() if scheme.adapter_rank]
+    if kept.is_file():
+        quantized, low_ranks, stages.rows[1:] = layers.load_state(kept, schemes)
+        layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, low_ranks)
+    else:
+        statistics = collect(model, ids[: settings.statistics_rows], adapted, tell=tell)
+        stages.finish("statistics")
+        quantized = dict(layers.nearest(model, schemes, statistics, tell))
+        layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})
+        stages.finish("round-to-nearest", student)
+        quantized = dict(layers.compensated(model, schemes, statistics, settings.compensation, tell))
+        layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})
+        stages.finish("compensated", student)
+        low_ranks = {}
+        if adapted:
+            for name, state, low_rank in layers.corrected(model, quantized, statistics, settings, tell):
+                quantized[name], low_ranks[name] = state, low_rank
+            layers.install(student, {name: quantized[name].dequantize() for name in adapted}, low_ranks)
+            stages.finish("corrected", student)
+        layers.save_state(kept, quantized, low_ranks, stages.rows[1:])
+    if low_ranks and settings.distillation.steps:
+        weights = {name: quantized[name].dequantize() for name in adapted}
+        _distill(model, student, weights, low_ranks, ids, settings.distillation, work, tell)
+        low_ranks = {name: adapter.snap(_factors(student, name)) for name in adapted}
+        layers.uninstall(student, weights, low_ranks)
+        stages.finish("distilled", student)
+    else:
+        low_ranks = {name: adapter.snap(low_rank) for name, low_rank in low_ranks.items()}
+    return Recovered(quantized, low_ranks, _other_tensors(student, quantized))
+
+
+def _factors(student: Any, name: str) -> LowRank:
+    module = student.get_submodule(name)
+    assert isinstance(module, adapter.AdaptedLinear)
+    return module.low_rank()
+
+
+def _distill(
+    model: Any,
+    student: Any,
+    weights: dict[str, torch.Tensor],
+    low_ranks: dict[str, LowRank],
+    ids: NDArray[np.int64],
+    plan: Distillation,
+    work: Path,
+    tell: Tell,
+) -> None:
+    layers.adapt(student, weights, low_ranks, fast_dtype())
+    tell(Progress("distill", 0, plan.steps))
+    for step in distill(model, student, ids, plan, state=work / "distill.pt"):
+        tell(Progress("distill", step.index, plan.steps, f"KL {step.kl:.3f} on synthetic text"))
+
+
+def _other_tensors(student: Any, quantized: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Every tensor that is neither quantized nor an adapter; a float embedding in float16, the rest as it was."""
+    tensors = {}
+    for name, tensor in student.state_dict().items():
+        module = name.rpartition(".")[0]
+        tied = student.config.tie_word_embeddings and "lm_head" in quantized and module == "model.embed_tokens"
+        if tied or (name.endswith(".weight") and module in quantized):
+            continue
+        if student.config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        tensors[name] = tensor.half() if module == "model.embed_tokens" else tensor.clone()
+    return tensors
+
+
+def _synthetic_measure(model: Any, rows: NDArray[np.int64]) -> Measure:
+    """Mean KL to `model` on held-out synthetic rows: what is said of a checkpoint when no text was given."""
+    ids = torch.from_numpy(rows)
+    with torch.no_grad():
+        original = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
+
+    def measure(logits: Any) -> dict[str, Any]:
+        other = torch.log_softmax(torch.from_numpy(logits(rows))[:, :-1], dim=-1)
+        kl = (original.exp() * (original - other)).sum(-1)
+        same = (original.argmax(-1) == other.argmax(-1)).float()
+        return {"kl_mean": float(kl.mean()), "top1_agreement": float(same.mean()), "tokens": kl.numel()}
+
+    return measure
+
+
+def _source_facts(source: Source, model: Any) -> dict[str, Any]:
+    return {
+        "reference": source.reference,
+        "kind": str(source.kind),
+        "file": source.gguf_file or source.path.name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "reference_precision": "float32 dequantized from the GGUF's integers" if source.gguf_file else "as stored",
+    }
