@@ -7,6 +7,7 @@ with the table's line as their help. That keeps `rlkit --help` from importing wh
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -112,7 +113,13 @@ def _bad_usage(error: typer.TyperException) -> int:
 def main() -> None:
     """The console script."""
     signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == errors.ExitCode.INTERRUPTED:
+        # Python ends itself with SIGINT if the interrupt ever passed through an exec() of a library, handled or not.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> None:
