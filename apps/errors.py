@@ -31,7 +31,7 @@ class ExitCode(IntEnum):
 
 def explain(error: BaseException) -> tuple[str, ExitCode] | None:
     """The line and the exit code of an expected error; None for one that should not happen."""
-    if isinstance(error, KeyboardInterrupt):
+    if _is_interrupt(error):
         return "interrupted; finished steps are kept, nothing is half-written", ExitCode.INTERRUPTED
     if isinstance(error, ImportError):
         extra = EXTRAS.get((error.name or "").split(".")[0])
@@ -60,6 +60,15 @@ def report(error: BaseException) -> ExitCode:
     message, code = explained
     print(message if code is ExitCode.INTERRUPTED else f"error: {message}", file=sys.stderr)
     return code
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is at the root: a library interrupted while it is imported says ImportError."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _one_line(error: OSError | ValueError) -> str:

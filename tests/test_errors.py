@@ -63,6 +63,17 @@ def test_expected_errors_are_one_line(
     assert err.startswith(line) and err.count("\n") == 1
 
 
+def test_an_error_made_of_an_interrupt_is_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    def imports() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    assert errors.report(raised(imports)) == ExitCode.INTERRUPTED
+    assert capsys.readouterr().err.startswith("interrupted")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyError("boom"), ImportError("boom", name="rlkit.nix")])
 def test_the_unexpected_shows_its_traceback(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
     def fails() -> None:
