@@ -91,6 +91,16 @@ class Measurement:
             ],
         }
 
+    @classmethod
+    def from_json(cls, table: dict[str, Any]) -> Measurement:
+        """The inverse of `to_json`."""
+        timings = tuple(Timing.from_json(timing) for timing in table["timings"])
+        rounds = tuple(
+            tuple(Round(r["ttft_seconds"], r["tpot_seconds"], timing.new_tokens) for r in kept)
+            for timing, kept in zip(timings, table["rounds"], strict=True)
+        )
+        return cls(table["name"], timings, rounds, table["threads"])
+
 
 @dataclass(frozen=True, slots=True)
 class Ratio:

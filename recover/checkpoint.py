@@ -93,7 +93,9 @@ def load_checkpoint(folder: Path) -> tuple[Any, Any]:
 
     file = folder / "model.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint: it has no model.safetensors; make one with `rlkit recover`")
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint: it has no model.safetensors; make one with `rlkit recover`"
+        )
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         quantization = config.quantization_config

@@ -99,7 +99,9 @@ def distill(
 def _rows(count: int, plan: Distillation, step: int) -> NDArray[np.int64]:
     """The rows of one step: every epoch visits all rows in an order of its own."""
     wanted = np.arange(step * plan.batch, (step + 1) * plan.batch)
-    epochs = {int(epoch): np.random.default_rng((plan.seed, int(epoch))).permutation(count) for epoch in wanted // count}
+    epochs = {
+        int(epoch): np.random.default_rng((plan.seed, int(epoch))).permutation(count) for epoch in wanted // count
+    }
     return np.array([epochs[int(i) // count][int(i) % count] for i in wanted], dtype=np.int64)
 
 

@@ -84,9 +84,7 @@ def groups(schemes: dict[str, Scheme], statistics: Statistics) -> Iterator[list[
     yield from together.values()
 
 
-def split(
-    stacked: Quantized, names: list[str], weights: dict[str, torch.Tensor]
-) -> Iterator[tuple[str, Quantized]]:
+def split(stacked: Quantized, names: list[str], weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, Quantized]]:
     """Undo the stacking of rows."""
     start = 0
     for name in names:

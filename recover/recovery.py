@@ -7,7 +7,7 @@
     corrected       low-rank corrections, alternated with compensation
     distilled       corrections and norms trained towards the original's logits
 
-After each stage `measure` (handed in by the caller) is asked for the divergence to the original model. Long work lies in
+After each stage the caller's measure is asked for the divergence to the original model. Long work lies in
 a folder beside the output until the checkpoint is complete, so that the same call continues after a kill.
 """
 
@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,8 @@ from rlkit.recover.source import Source
 from rlkit.recover.statistics import collect
 from rlkit.recover.synthesize import Sampling, synthesize
 
-Measure = Callable[[Any], dict[str, Any]]
+Measure = Callable[[Any], dict[str, Any]]  # LogitsFn -> JSON object with at least "kl_mean"
+Against = Callable[[Any, Callable[[str], list[int]]], Measure]  # the original's LogitsFn and tokenizer -> Measure
 HELD_OUT_ROWS = 8
 
 
@@ -50,7 +51,7 @@ class Settings:
     """How much of everything: sampled text, rows used for statistics, alternation rounds, distillation steps."""
 
     sampling: Sampling = field(default_factory=Sampling)
-    statistics_rows: int = 128
+    statistics_rows: int = 64
     rounds: int = 3
     compensation: Compensation = field(default_factory=Compensation)
     distillation: Distillation = field(default_factory=Distillation)
@@ -65,9 +66,9 @@ class Settings:
 class _Stages:
     """The log of finished stages: name, wall seconds since the one before, divergence to the original."""
 
-    def __init__(self, measure: Measure, tell: Tell) -> None:
+    def __init__(self, measure: Measure) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._measure, self._tell, self._since = measure, tell, time.perf_counter()
+        self._measure, self._since = measure, time.perf_counter()
 
     def finish(self, name: str, model: Any = None) -> None:
         """Close a stage; with a model, measure it (which counts as no stage's time)."""
@@ -83,14 +84,14 @@ def recover(
     out: Path,
     *,
     settings: Settings | None = None,
-    measure: Measure | None = None,
+    against: Against | None = None,
     force: bool = False,
     tell: Tell = silent,
 ) -> Path:
     """Make the checkpoint folder `out` and return it.
 
-    `measure` maps a LogitsFn to a JSON object with at least "kl_mean"; without it the divergence is taken on synthetic
-    sequences that nothing else uses. Raises ValueError for a source or recipe that cannot be used, FileExistsError if
+    `against` is called once with the original's LogitsFn and its tokenizer, and returns what measures every stage;
+    without it the divergence is taken on synthetic sequences that nothing else uses. Raises ValueError for a source or recipe that cannot be used, FileExistsError if
     `out` exists and not `force`.
     """
     settings = settings or Settings()
@@ -101,14 +102,15 @@ def recover(
     schemes = resolved_schemes(model, recipe)
     ids = _sample(model, tokenizer, settings.sampling, work, fingerprint(source, None, settings), tell)
     train, held_out = ids[HELD_OUT_ROWS:], ids[:HELD_OUT_ROWS]
-    stages = _Stages(measure or _synthetic_measure(model, held_out), tell)
+    measure = against(logits_fn(model), tokenizer.encode) if against else _synthetic_measure(model, held_out)
+    stages = _Stages(measure)
     stages.finish("synthesize")
     recovered = _recover(model, schemes, train, settings, work / key, stages, tell)
     facts = {
         "source": _source_facts(source, model),
         "settings": asdict(settings),
         "stages": stages.rows,
-        "measured_on": "held-out text" if measure else f"{HELD_OUT_ROWS} held-out synthetic sequences",
+        "measured_on": "held-out text" if against else f"{HELD_OUT_ROWS} held-out synthetic sequences",
         "synthetic_tokens": int(ids.size),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
@@ -142,7 +144,9 @@ def resolved_schemes(model: Any, recipe: Recipe) -> dict[str, Scheme]:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     if not schemes:
-        raise ValueError(f"recipe {recipe.name} matches no linear of this model; its patterns name modules like '*_proj'")
+        raise ValueError(
+            f"recipe {recipe.name} matches no linear of this model; its patterns name modules like '*_proj'"
+        )
     for name, scheme in schemes.items():
         if name.endswith(".q_proj"):
             for other in (name[:-6] + "k_proj", name[:-6] + "v_proj"):

@@ -36,7 +36,9 @@ class Statistics:
     tokens: int
 
 
-def collect(model: Any, ids: NDArray[np.int64], outputs_of: Iterable[str], *, seed: int = 0, tell: Tell = silent) -> Statistics:
+def collect(
+    model: Any, ids: NDArray[np.int64], outputs_of: Iterable[str], *, seed: int = 0, tell: Tell = silent
+) -> Statistics:
     """Gather the moments of every linear over `ids` (sequences, length), output moments for `outputs_of` only."""
     modules, wanted = linears(model), set(outputs_of)
     inputs: dict[str, torch.Tensor] = {}

@@ -30,10 +30,10 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 class Sampling:
     """What to sample: number of sequences, tokens in each, temperature, sequences per batch, and the seed."""
 
-    sequences: int = 128
-    length: int = 256
+    sequences: int = 384
+    length: int = 128
     temperature: float = 1.0
-    batch: int = 64
+    batch: int = 192
     chat_share: float = 0.5
     seed: int = 0
 

@@ -1,0 +1,211 @@
+"""The whole path on a small real model: pull, recover, export, run, profile, report.
+
+Every step leaves a folder or file that is complete or absent, so a second call goes on where the first one stopped. The
+steps are the same functions that the single commands call.
+
+    rlkit-demo/
+      held-out/                       token windows and the original's logits
+      checkpoint-w4, -w4w2-gateup     rlkit recover
+      bundle-w4, -w4w2-gateup         rlkit export
+      chat.json machine.json bench.json
+      report.json report.html
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlkit.apps import console
+from rlkit.apps.heldout import HeldOut
+from rlkit.recover import assets, source
+from rlkit.recover.atomic import need_space, write_json
+from rlkit.recover.progress import Tell
+
+MODEL, TEXT = "smollm2-135m", "lambada"
+RECIPES = ("w4", "w4w2-gateup")  # the first is what the others are compared with
+PROMPT = "What is the capital of France?"
+PROMPT_TOKENS, NEW_TOKENS = 64, 64
+NEEDED_NBYTES = 2_000_000_000
+MARK = "rlkit-demo.json"  # says that a folder is ours, so that --fresh may empty it
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of the plan: what it makes, and how."""
+
+    title: str
+    made: Path
+    make: Callable[[Tell], None]
+
+
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for everything that is made.")] = Path("rlkit-demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do all steps again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
+) -> None:
+    """Make SmolLM2-135M small, recover its accuracy, export it, run it, and say how good, large and fast it is.
+
+    About 10 minutes on 2 cores, 6 GiB of memory, 2 GB of disk; downloads 180 MB once. No account, no text data.
+
+    Example: rlkit demo
+    """
+    steps = plan(out)
+    if dry_run:
+        _show_plan(steps, out, json)
+        return
+    began = time.monotonic()
+    _prepare(out, fresh=fresh)
+    for number, step in enumerate(steps, start=1):
+        done = step.made.exists()
+        if not json:
+            console.say(f"[{number}/{len(steps)}] {step.title}{' (done before)' if done else ''}")
+        if not done:
+            with console.progress(quiet=json) as tell:
+                step.make(tell)
+    _conclude(out, json, time.monotonic() - began)
+
+
+def plan(out: Path) -> list[Step]:
+    """The steps in order, each with the path that proves it done."""
+    steps = [
+        Step(f"pull {name}: {assets.find(name).about}", _cached_path(name), lambda tell, n=name: _pull(n, tell))
+        for name in (MODEL, TEXT)
+    ]
+    for recipe in reversed(RECIPES):
+        made = out / f"checkpoint-{recipe}"
+        steps.append(Step(f"recover {recipe}", made, lambda tell, r=recipe: _recover(out, r, tell)))
+    for recipe in RECIPES:
+        made = out / f"bundle-{recipe}"
+        steps.append(Step(f"export {recipe} and measure the file", made, lambda tell, r=recipe: _export(out, r, tell)))
+    steps.append(Step(f"chat with {RECIPES[-1]}", out / "chat.json", lambda _tell: _chat(out)))
+    steps.append(Step("measure this machine", out / "machine.json", lambda _tell: _machine(out)))
+    steps.append(Step("bench both bundles side by side", out / "bench.json", lambda tell: _bench(out, tell)))
+    return [*steps, Step("report", out / "report.json", lambda _tell: _report(out))]
+
+
+def _cached_path(name: str) -> Path:
+    found = assets.cached(assets.find(name))
+    return found if found is not None else Path("/nonexistent")
+
+
+def _show_plan(steps: list[Step], out: Path, json: bool) -> None:
+    rows = [(step.title, "done before" if step.made.exists() else "to do") for step in steps]
+    if json:
+        console.emit_json({"schema_version": 1, "path": str(out), "steps": [{"step": t, "state": s} for t, s in rows]})
+        return
+    console.table(("step", "state"), rows, title=f"rlkit demo in {out}")
+
+
+def _prepare(out: Path, *, fresh: bool) -> None:
+    """An own folder with enough space; --fresh empties it, but only if the mark says that it is ours."""
+    if out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not a demo's folder; choose another with -o")
+    if fresh and out.exists():
+        shutil.rmtree(out)
+    need_space(out, NEEDED_NBYTES)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / MARK, {"schema_version": 1, "rlkit": version("rlkit-edge")})
+
+
+def _pull(name: str, tell: Tell) -> None:
+    assets.fetch(name, tell)
+
+
+def _held_out(out: Path) -> HeldOut:
+    model = assets.find(MODEL)
+    return HeldOut(assets.fetch(TEXT), out / "held-out", identity=str(model.sha256))
+
+
+def _recover(out: Path, recipe: str, tell: Tell) -> None:
+    from rlkit.recover import recipe as recipes
+    from rlkit.recover import recovery
+
+    held_out = _held_out(out)
+    recovery.recover(
+        source.resolve(MODEL, download=True),
+        recipes.load(recipe),
+        out / f"checkpoint-{recipe}",
+        against=held_out.against,
+        tell=tell,
+    )
+
+
+def _export(out: Path, recipe: str, tell: Tell) -> None:
+    from rlkit.export.build import export_bundle
+    from rlkit.recover.checkpoint import load_checkpoint
+    from rlkit.recover.model import logits_fn
+    from rlkit.runtime.session import open_session
+
+    held_out, checkpoint = _held_out(out), out / f"checkpoint-{recipe}"
+
+    def measure(folder: Path) -> dict[str, Any]:
+        session = open_session(folder)
+        model, _tokenizer = load_checkpoint(checkpoint)
+        against_original = held_out.divergence(session.logits, tell)
+        against_checkpoint = held_out.agreement(logits_fn(model), session.logits, tell)
+        return {**against_original.to_json(), "text": TEXT, "to_checkpoint": against_checkpoint.to_json()}
+
+    export_bundle(checkpoint, out / f"bundle-{recipe}", measure=measure, tell=tell)
+
+
+def _chat(out: Path) -> None:
+    from rlkit.runtime.chat import Chat
+    from rlkit.runtime.session import open_session
+
+    bundle = out / f"bundle-{RECIPES[-1]}"
+    said = []
+    for token in Chat(open_session(bundle)).reply(PROMPT, max_new_tokens=64):
+        said.append(token.text)
+    write_json(out / "chat.json", {"prompt": PROMPT, "reply": "".join(said), "bundle": bundle.name})
+
+
+def _machine(out: Path) -> None:
+    from rlkit.profiles.machine import measure_machine
+
+    write_json(out / "machine.json", measure_machine().to_json())
+
+
+def _bench(out: Path, tell: Tell) -> None:
+    from rlkit.profiles import bench, worker
+
+    work = bench.Plan((PROMPT_TOKENS,), NEW_TOKENS, repeats=7)
+    bundles = [out / f"bundle-{recipe}" for recipe in RECIPES]
+    found = worker.measure_bundles(bundles, work, worker.Setting(), tell)
+    write_json(out / "bench.json", [measurement.to_json() for measurement in found])
+
+
+def _report(out: Path) -> None:
+    from rlkit.apps.results import assemble
+    from rlkit.profiles.render import write_report
+
+    held_out = _held_out(out)
+    text = f"{held_out.tokens:,} tokens of LAMBADA passages"
+    write_report(out, assemble(out, RECIPES, text=text, command="rlkit demo"))
+
+
+def _conclude(out: Path, json: bool, seconds: float) -> None:
+    """Show the report, whether it was made now or before."""
+    from rlkit.profiles.render import tables
+    from rlkit.profiles.report import findings, read_report
+
+    if json:
+        console.emit((out / "report.json").read_text(encoding="utf-8").rstrip())
+        return
+    report = read_report(out / "report.json")
+    for drawn in tables(report):
+        console.table(drawn.columns, drawn.rows, title=drawn.title)
+    if report.chat:
+        console.emit(f"You: {report.chat.prompt}\n{report.chat.bundle}: {report.chat.reply}\n")
+    for line in findings(report):
+        console.emit(f"- {line}")
+    console.say(f"\n{console.duration(seconds)} in all; the report with plots: {(out / 'report.html').resolve()}")
+    console.say(f"next: rlkit chat {out / f'bundle-{RECIPES[-1]}'}")
