@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from rlkit.recover import adapter, packing
 from rlkit.recover.atomic import need_space, write_json, write_text
+from rlkit.recover.contents import read_safetensors_header
 from rlkit.recover.correct import LowRank
 from rlkit.recover.model import quiet_transformers
 from rlkit.recover.quantize import Quantized
@@ -98,20 +99,36 @@ def load_checkpoint(folder: Path) -> tuple[Any, Any]:
         )
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        quantization = config.quantization_config
-        delattr(config, "quantization_config")
+        quantization = config.__dict__.pop("quantization_config", None)
+        if not quantization:
+            raise ValueError(
+                f"{folder / 'config.json'} has no quantization_config; name a folder that rlkit recover made"
+            )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    state = _dequantized(load_file(file), quantization)
-    for name, low_rank in adapter.load_adapters(folder / "adapter").items():
-        state[f"{name}.weight"] += low_rank.product()
-    if config.tie_word_embeddings and "lm_head.weight" in state:
-        state["model.embed_tokens.weight"] = state["lm_head.weight"]
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    left = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
-    if left or unexpected:
-        raise ValueError(f"{folder} does not fit its config.json: {(left + unexpected)[:3]}; make it again")
+    state = _float_tensors(folder, quantization)
+    shared = state.get("lm_head.weight", state.get("model.embed_tokens.weight"))
+    if config.tie_word_embeddings and shared is not None:
+        state |= {"lm_head.weight": shared, "model.embed_tokens.weight": shared}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(f"{folder} does not fit its config.json: {', '.join(wrong[:3])}; make it again")
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _float_tensors(folder: Path, quantization: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the stored tensors and adapters stand for, by parameter name."""
+    read_safetensors_header(folder / "model.safetensors")  # says what is wrong with a damaged file
+    try:
+        state = _dequantized(load_file(folder / "model.safetensors"), quantization)
+        for name, low_rank in adapter.load_adapters(folder / "adapter").items():
+            state[f"{name}.weight"] += low_rank.product()
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder} lacks {error} or has it in another shape; make it again") from error
+    return state
 
 
 def _dequantized(tensors: dict[str, torch.Tensor], quantization: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -59,7 +59,8 @@ def correct(error: torch.Tensor, moments: Moments, rank: int) -> LowRank:
 def _weigh(x: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
     if output is None:
         return x
-    return _diagonal(output)[:, None] * x if output.dim() == 1 else _root(output).T @ x
+    weighed: torch.Tensor = _diagonal(output)[:, None] * x if output.dim() == 1 else _root(output).T @ x
+    return weighed
 
 
 def _unweigh(x: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
@@ -67,7 +68,8 @@ def _unweigh(x: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
         return x
     if output.dim() == 1:
         return x / _diagonal(output)[:, None]
-    return torch.linalg.solve_triangular(_root(output).T, x, upper=True)
+    unweighed: torch.Tensor = torch.linalg.solve_triangular(_root(output).T, x, upper=True)
+    return unweighed
 
 
 def _diagonal(output: torch.Tensor) -> torch.Tensor:
@@ -76,7 +78,8 @@ def _diagonal(output: torch.Tensor) -> torch.Tensor:
 
 def _root(output: torch.Tensor) -> torch.Tensor:
     scaled = output / output.diagonal().mean().clamp(min=1e-30)  # gradients are tiny: keep float32 in its range
-    return torch.linalg.cholesky(damped(scaled, OUTPUT_DAMPING))
+    root: torch.Tensor = torch.linalg.cholesky(damped(scaled, OUTPUT_DAMPING))
+    return root
 
 
 def alternate(

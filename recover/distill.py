@@ -39,7 +39,9 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch < 1 or self.warmup < 0:
-            raise ValueError(f"steps = {self.steps}, batch = {self.batch}, warmup = {self.warmup}: none may be below 0")
+            raise ValueError(
+                f"steps = {self.steps}, batch = {self.batch}, warmup = {self.warmup}: use at least 0, 1 and 0"
+            )
 
     def rate(self, step: int) -> float:
         """The fraction of the peak learning rate at `step` (0-based)."""

@@ -1,6 +1,7 @@
-"""Each stage of recovery over all linears of a model: generators of (module name, result), and a model that wears them.
+"""Each stage of recovery over all linears of a model, as generators of (module name, result); a model that wears them.
 
-Linears that share their input (gate and up) are quantized as one stacked matrix, which halves the number of small steps.
+Linears that share their input (gate and up) are quantized as one stacked matrix, which halves the number of small
+steps.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def compensated(
 def corrected(
     model: Any, quantized: dict[str, Quantized], statistics: Statistics, settings: Any, tell: Tell
 ) -> Iterator[tuple[str, Quantized, LowRank]]:
-    """Low-rank corrections of every matrix whose scheme has a rank, alternated with compensation `settings.rounds` times."""
+    """Low-rank corrections where the scheme has a rank, alternated with compensation `settings.rounds` times."""
     schemes = {name: q.scheme for name, q in quantized.items() if q.scheme.adapter_rank}
     weights = {name: linears(model)[name].weight.detach() for name in schemes}
     done, total = 0, len(schemes) * (settings.rounds + 1)
@@ -102,7 +103,7 @@ def install(student: Any, weights: dict[str, torch.Tensor], low_ranks: dict[str,
 
 
 def adapt(student: Any, weights: dict[str, torch.Tensor], low_ranks: dict[str, LowRank], dtype: torch.dtype) -> None:
-    """Make `student` trainable: corrected linears become AdaptedLinear, other layers' matrices go to `dtype`."""
+    """Make `student` trainable: corrected linears become AdaptedLinear, their matrices in `dtype`."""
     for name, module in linears(student).items():
         if name in low_ranks:
             parent, _, last = name.rpartition(".")

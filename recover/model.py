@@ -80,7 +80,10 @@ def logits_fn(model: Any) -> Any:
 
     @torch.no_grad()
     def logits(ids: Array) -> Array:
-        return model(input_ids=torch.from_numpy(np.ascontiguousarray(ids)), use_cache=False).logits.float().numpy()  # type: ignore[no-any-return]
+        out: Array = (
+            model(input_ids=torch.from_numpy(np.ascontiguousarray(ids)), use_cache=False).logits.float().numpy()
+        )
+        return out
 
     return logits
 
@@ -92,7 +95,7 @@ def linears(model: Any) -> dict[str, torch.nn.Linear]:
 
 def fast_dtype() -> torch.dtype:
     """bfloat16 where the CPU multiplies it in hardware, else float32."""
-    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # type: ignore[no-untyped-call]
+    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if capable else torch.float32
 
 

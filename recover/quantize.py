@@ -10,6 +10,7 @@ zero points is tried and the one with the smallest weighted squared error is kep
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,32 +61,34 @@ def search_grid(
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # (N, G): zero stays representable
     best = torch.full_like(low, torch.inf)
     scales, zeros = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in torch.linspace(1.0, SHRINK_LOWEST[scheme.bits], SHRINK_STEPS).tolist():
-        for scale, zero in _candidates(low * shrink, high * shrink, scheme, top):
-            scale = snap_scales(scale)
-            codes = (groups / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, top)
-            error = codes.sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups).square_().mul_(metric).sum(-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    for scale, zero in _candidates(low, high, scheme):
+        scale = snap_scales(scale)
+        codes = (groups / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, top)
+        error = codes.sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups).square_().mul_(metric).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
     return scales, zeros
 
 
-def _candidates(
-    low: torch.Tensor, high: torch.Tensor, scheme: Scheme, top: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    if scheme.symmetric:
-        zero = torch.full_like(low, 2 ** (scheme.bits - 1))
-        return [(torch.maximum(-low, high) / zero, zero)]
-    if scheme.bits > 2:
-        scale = ((high - low) / top).clamp(min=1e-12)
-        return [(scale, (-low / scale).round().clamp(0, top))]
-    # With four levels the zero point is worth trying outright: each one with the smallest scale covering both ends.
-    pairs = []
-    for zero in (1.0, 2.0):
-        scale = torch.maximum(-low / zero, high / (top - zero))
-        pairs.append((scale, torch.full_like(low, zero)))
-    return pairs
+def _candidates(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Scales and zero points (N, G) worth trying: the full range first, then ever smaller ones."""
+    top, middle = 2**scheme.bits - 1, 2 ** (scheme.bits - 1)
+    if scheme.bits == 2 and not scheme.symmetric:
+        yield _covering(low, high, top)  # its zero point may be 0 or 3, which suits a group on one side of zero
+    for shrink in torch.linspace(1.0, SHRINK_LOWEST[scheme.bits], SHRINK_STEPS).tolist():
+        if scheme.symmetric:
+            yield torch.maximum(-low, high) * shrink / middle, torch.full_like(low, middle)
+        elif scheme.bits > 2:
+            yield _covering(low * shrink, high * shrink, top)
+        else:  # with four levels the zero point is worth trying outright, with the smallest scale covering both ends
+            for zero in (1, 2):
+                yield torch.maximum(-low / zero, high / (top - zero)) * shrink, torch.full_like(low, zero)
+
+
+def _covering(low: torch.Tensor, high: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = ((high - low) / top).clamp(min=1e-12)
+    return scale, (-low / scale).round().clamp(0, top)
 
 
 def quantize_nearest(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None) -> Quantized:

@@ -33,7 +33,7 @@ from rlkit.recover.atomic import fresh_folder, refuse_existing
 from rlkit.recover.checkpoint import Recovered, write_checkpoint
 from rlkit.recover.compensate import Compensation
 from rlkit.recover.correct import LowRank
-from rlkit.recover.distill import Distillation, distill, forward_backward
+from rlkit.recover.distill import Distillation, distill
 from rlkit.recover.model import fast_dtype, linears, load_model, logits_fn
 from rlkit.recover.progress import Progress, Tell, silent
 from rlkit.recover.recipe import Recipe, Scheme
@@ -44,6 +44,7 @@ from rlkit.recover.synthesize import Sampling, synthesize
 Measure = Callable[[Any], dict[str, Any]]  # LogitsFn -> JSON object with at least "kl_mean"
 Against = Callable[[Any, Callable[[str], list[int]]], Measure]  # the original's LogitsFn and tokenizer -> Measure
 HELD_OUT_ROWS = 8
+ATTENTION_INPUTS = (".q_proj", ".k_proj", ".v_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,11 @@ class Settings:
     distillation: Distillation = field(default_factory=Distillation)
 
     def __post_init__(self) -> None:
+        if self.sampling.sequences <= HELD_OUT_ROWS:
+            raise ValueError(
+                f"sequences = {self.sampling.sequences} leaves none to learn from; use more than {HELD_OUT_ROWS}, "
+                "which are held out"
+            )
         if self.statistics_rows < 1 or self.rounds < 0:
             raise ValueError(
                 f"statistics_rows = {self.statistics_rows} must be at least 1 and rounds = {self.rounds} at least 0"
@@ -91,8 +97,8 @@ def recover(
     """Make the checkpoint folder `out` and return it.
 
     `against` is called once with the original's LogitsFn and its tokenizer, and returns what measures every stage;
-    without it the divergence is taken on synthetic sequences that nothing else uses. Raises ValueError for a source or recipe that cannot be used, FileExistsError if
-    `out` exists and not `force`.
+    without it the divergence is taken on synthetic sequences that nothing else uses. Raises ValueError for a source or
+    recipe that cannot be used, FileExistsError if `out` exists and not `force`.
     """
     settings = settings or Settings()
     refuse_existing(out, force=force)
@@ -133,7 +139,8 @@ def fingerprint(source: Source, recipe: Recipe | None, settings: Settings) -> st
 def resolved_schemes(model: Any, recipe: Recipe) -> dict[str, Scheme]:
     """The scheme of every linear that the recipe quantizes, its group fitted to the matrix.
 
-    Raises ValueError if q, k and v of a layer differ in bits or group: export packs them into one matrix.
+    Raises ValueError if q, k and v of a layer differ in bits or group, as export packs them into one matrix; or if
+    lm_head is to have a correction, as the loss is taken right behind its frozen weight.
     """
     schemes = {}
     for name, module in linears(model).items():
@@ -147,12 +154,21 @@ def resolved_schemes(model: Any, recipe: Recipe) -> dict[str, Scheme]:
         raise ValueError(
             f"recipe {recipe.name} matches no linear of this model; its patterns name modules like '*_proj'"
         )
-    for name, scheme in schemes.items():
-        if name.endswith(".q_proj"):
-            for other in (name[:-6] + "k_proj", name[:-6] + "v_proj"):
-                if other not in schemes or (schemes[other].bits, schemes[other].group) != (scheme.bits, scheme.group):
-                    raise ValueError(f"{name} and {other} need the same bits and group; give them one rule")
+    _check_schemes(schemes)
     return schemes
+
+
+def _check_schemes(schemes: dict[str, Scheme]) -> None:
+    if "lm_head" in schemes and schemes["lm_head"].adapter_rank:
+        rank = schemes["lm_head"].adapter_rank
+        raise ValueError(
+            f"lm_head: adapter_rank = {rank} is not supported there; give lm_head a rule of its own with 0"
+        )
+    attentions = {name[: -len(".q_proj")] for name in schemes if name.endswith(ATTENTION_INPUTS)}
+    for name in sorted(attentions):
+        found = [schemes.get(f"{name}{part}") for part in ATTENTION_INPUTS]
+        if len({(scheme.bits, scheme.group) if scheme else None for scheme in found}) > 1:
+            raise ValueError(f"{name}: q_proj, k_proj and v_proj need the same bits and group; give them one rule")
 
 
 def _sample(model: Any, tokenizer: Any, plan: Sampling, work: Path, key: str, tell: Tell) -> NDArray[np.int64]:
@@ -193,7 +209,8 @@ def _recover(
         layers.save_state(kept, quantized, low_ranks, stages.rows[1:])
     if low_ranks and settings.distillation.steps:
         weights = {name: quantized[name].dequantize() for name in adapted}
-        _distill(model, student, weights, low_ranks, ids, settings.distillation, work, tell)
+        layers.adapt(student, weights, low_ranks, fast_dtype())
+        _distill(model, student, ids, settings.distillation, work / "distill.pt", tell)
         low_ranks = {name: adapter.snap(_factors(student, name)) for name in adapted}
         layers.uninstall(student, weights, low_ranks)
         stages.finish("distilled", student)
@@ -208,19 +225,9 @@ def _factors(student: Any, name: str) -> LowRank:
     return module.low_rank()
 
 
-def _distill(
-    model: Any,
-    student: Any,
-    weights: dict[str, torch.Tensor],
-    low_ranks: dict[str, LowRank],
-    ids: NDArray[np.int64],
-    plan: Distillation,
-    work: Path,
-    tell: Tell,
-) -> None:
-    layers.adapt(student, weights, low_ranks, fast_dtype())
+def _distill(model: Any, student: Any, ids: NDArray[np.int64], plan: Distillation, state: Path, tell: Tell) -> None:
     tell(Progress("distill", 0, plan.steps))
-    for step in distill(model, student, ids, plan, state=work / "distill.pt"):
+    for step in distill(model, student, ids, plan, state=state):
         tell(Progress("distill", step.index, plan.steps, f"KL {step.kl:.3f} on synthetic text"))
 
 

@@ -1,4 +1,4 @@
-"""What recovery needs to know about a model: second moments of each linear's input, and of the loss gradient at its output.
+"""Second moments of each linear's input and of the loss gradient at its output: what recovery has to know of a model.
 
 Both come from one pass over synthetic sequences. With x the input of a linear and g the gradient of the negative
 log-likelihood with respect to its output, taken for labels drawn from the model's own distribution,
