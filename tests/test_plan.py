@@ -121,7 +121,7 @@ def test_bad_checkpoints_are_named(source: Path, tmp_path: Path) -> None:
 def test_wrong_sizes_are_named(source: Path, tmp_path: Path) -> None:
     folder = tiny.checkpoint(source, tmp_path / "ckpt", tiny.W4W2)
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-    quantization["overrides"]["lm_head"]["bits"] = 2
+    quantization["overrides"]["lm_head"] = {"bits": 2, "group_size": 32}
     _edit_config(folder, quantization_config=quantization)
     with pytest.raises(ValueError, match=r"lm_head\.scales is"):
         plan.plan_checkpoint(folder)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlkit.recover import packing, recipe
+from rlkit.recover.adapter import snap
+from rlkit.recover.checkpoint import Recovered, write_checkpoint
+from rlkit.recover.correct import LowRank
+from rlkit.recover.model import linears, quiet_transformers
+from rlkit.recover.quantize import quantize_nearest
+
+torch.set_num_threads(1)  # matrices this small gain nothing from a second one, and lose much on a busy machine
 
 SENTENCES = (
     "the cat sat on the mat and looked at the dog",
@@ -79,106 +85,47 @@ def checkpoint(
     source: Path, folder: Path, plan: recipe.Recipe = W4, *, adapter_rank: int | None = None, seed: int = 1
 ) -> Path:
     """Quantize the folder `source` by round-to-nearest as `plan` says; adapters, where asked for, are random."""
+    with quiet_transformers():
+        model = LlamaForCausalLM.from_pretrained(source)
+    modules = linears(model)
+    schemes = {name: scheme for name in modules if (scheme := plan.scheme_for(name)) is not None}
+    quantized = {
+        name: quantize_nearest(modules[name].weight, scheme.resolve(modules[name].in_features))
+        for name, scheme in schemes.items()
+    }
+    rng = torch.Generator().manual_seed(seed)
+    low_ranks = {
+        name: _random_correction(modules[name].weight, adapter_rank or scheme.adapter_rank, rng)
+        for name, scheme in schemes.items()
+        if scheme.adapter_rank and name.split(".")[-1] in LINEARS
+    }
+    shared = {"lm_head.weight", "model.embed_tokens.weight"} if model.config.tie_word_embeddings else set()
+    packed = {f"{name}.weight" for name in quantized}
+    skipped = packed | (shared if packed & shared else {"lm_head.weight"} & shared)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in skipped}
     folder.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        if (source / name).exists():
-            shutil.copy(source / name, folder / name)
-    config = json.loads((source / "config.json").read_text())
-    weights = load_file(source / "model.safetensors")
-    tensors, overrides = _quantize_all(weights, plan, tied=config["tie_word_embeddings"])
-    config["quantization_config"] = {"quant_method": "olive", "bits": 4, "group_size": 32, "symmetric": False}
-    config["quantization_config"]["overrides"] = overrides
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "recipe.toml").write_text(plan.to_toml())
-    (folder / "recovery.json").write_text(json.dumps({"schema_version": 1, "source": {"reference": source.name}}))
-    _write_adapters(folder / "adapter", weights, plan, adapter_rank, np.random.default_rng(seed))
+    facts = {"source": {"reference": source.name}}
+    tokens = PreTrainedTokenizerFast.from_pretrained(source)
+    write_checkpoint(folder, Recovered(quantized, low_ranks, tensors), model, tokens, plan, facts)
     return folder
 
 
-def _quantize_all(
-    weights: dict[str, np.ndarray], plan: recipe.Recipe, *, tied: bool
-) -> tuple[dict[str, np.ndarray], dict[str, dict[str, int]]]:
-    tensors: dict[str, np.ndarray] = {}
-    overrides: dict[str, dict[str, int]] = {}
-    for name, weight in weights.items():
-        module = name.removesuffix(".weight")
-        if module == "lm_head" and tied:
-            continue
-        target = "lm_head" if tied and module == "model.embed_tokens" else module
-        is_matrix = weight.ndim == 2 and (tied or module != "model.embed_tokens")
-        scheme = plan.scheme_for(target) if is_matrix else None
-        if scheme is None:
-            tensors[name] = weight
-            continue
-        scheme = scheme.resolve(weight.shape[1])
-        parts = round_to_nearest(weight, scheme.bits, scheme.group)
-        tensors |= {f"{target}.{part}": value for part, value in parts.items()}
-        overrides[target] = {"bits": scheme.bits, "group_size": scheme.group}
-        if target != module:
-            table = packing.dequantize(
-                parts["qweight"], parts["scales"], parts["qzeros"], scheme.bits, scheme.group, weight.shape[1]
-            )
-            tensors[name] = table.astype(np.float16)
-    return tensors, overrides
-
-
-def round_to_nearest(weight: np.ndarray, bits: int, group: int) -> dict[str, np.ndarray]:
-    """The packed parts of `weight` (N, K), each group's range mapped onto all codes, scales on float16."""
+def _random_correction(weight: torch.Tensor, rank: int, rng: torch.Generator) -> LowRank:
     n, k = weight.shape
-    grouped = weight.astype(np.float32).reshape(n, k // group, group)
-    low, high = np.minimum(grouped.min(axis=2), 0), np.maximum(grouped.max(axis=2), 0)
-    scales = np.maximum((high - low) / ((1 << bits) - 1), 1e-6).astype(np.float16).astype(np.float32)  # (N, G)
-    zeros = np.clip(np.rint(-low / scales), 0, (1 << bits) - 1)
-    codes = np.clip(np.rint(grouped / scales[:, :, None]) + zeros[:, :, None], 0, (1 << bits) - 1)
-    return {
-        "qweight": packing.pack(codes.astype(np.uint8).reshape(n, k), bits),
-        "scales": scales,
-        "qzeros": packing.pack(zeros.astype(np.uint8), bits),
-    }
-
-
-def _write_adapters(
-    folder: Path, weights: dict[str, np.ndarray], plan: recipe.Recipe, rank: int | None, rng: np.random.Generator
-) -> None:
-    tensors: dict[str, np.ndarray] = {}
-    adapted: list[str] = []
-    top_rank = 0
-    for name, weight in sorted(weights.items()):
-        module = name.removesuffix(".weight")
-        scheme = plan.scheme_for(module) if module.split(".")[-1] in LINEARS else None
-        r = 0 if scheme is None or not scheme.adapter_rank else rank or scheme.adapter_rank
-        if not r:
-            continue
-        n, k = weight.shape
-        size = 0.3 * float(np.abs(weight).mean()) / np.sqrt(r)
-        parts = {"A": rng.standard_normal((r, k)), "B": size * rng.standard_normal((n, r))}
-        for letter, value in parts.items():
-            on_grid = value.astype(np.float32)
-            if value.shape[1] % 32 == 0:
-                on_grid = packing.snap8(on_grid).dequantized
-            tensors[f"base_model.model.{module}.lora_{letter}.weight"] = on_grid
-        adapted.append(module.split(".")[-1])
-        top_rank = r
-    if not tensors:
-        return
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": top_rank, "lora_alpha": top_rank, "target_modules": sorted(set(adapted))}
-    config |= {"task_type": "CAUSAL_LM", "bias": "none", "base_model_name_or_path": None}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    size = 0.3 * float(weight.detach().abs().mean()) / rank**0.5
+    return snap(LowRank(torch.randn(rank, k, generator=rng), size * torch.randn(n, rank, generator=rng)))
 
 
 def dequantized(folder: Path) -> LlamaForCausalLM:
     """The float model that a checkpoint of `checkpoint` stands for, its adapters added to the weights."""
     config = json.loads((folder / "config.json").read_text())
-    overrides = config.pop("quantization_config")["overrides"]
+    quantization = config.pop("quantization_config")
     stored = load_file(folder / "model.safetensors")
-    weights = {name: value for name, value in stored.items() if name.endswith(".weight")}
-    for module, scheme in overrides.items():
-        qweight = stored[f"{module}.qweight"]
-        k = qweight.shape[1] * 8 // scheme["bits"]
-        parts = (qweight, stored[f"{module}.scales"], stored[f"{module}.qzeros"])
+    weights = {name: value.astype(np.float32) for name, value in stored.items() if name.endswith(".weight")}
+    for module in [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]:
+        scheme = {**quantization, **quantization["overrides"].get(module, {})}
+        parts = [stored[f"{module}.{part}"] for part in ("qweight", "scales", "qzeros")]
+        k = parts[0].shape[1] * 8 // scheme["bits"]
         weights[f"{module}.weight"] = packing.dequantize(*parts, scheme["bits"], scheme["group_size"], k)
     if config["tie_word_embeddings"] and "lm_head.weight" in weights:
         weights["model.embed_tokens.weight"] = weights["lm_head.weight"]
