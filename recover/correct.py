@@ -6,19 +6,16 @@ correction B A minimizes || L^T (E - B A) R ||_F. Substituting X = L^T E R, its 
 activation-aware correction of LQER/CALDERA; with G the error is weighed by what it does to the model's output
 distribution (K-FAC, see statistics.py), which measured 0.06 nats better on SmolLM2-135M.
 
-Quantization and correction are alternated: what the correction can express need not be quantized well.
+layers.py alternates quantization and correction: what the correction can express need not be quantized well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from rlkit.recover.compensate import Compensation, compensate, damped
-from rlkit.recover.quantize import Quantized
-from rlkit.recover.recipe import Scheme
+from rlkit.recover.compensate import damped
 
 INPUT_DAMPING = 0.01
 OUTPUT_DAMPING = 0.1
@@ -80,19 +77,3 @@ def _root(output: torch.Tensor) -> torch.Tensor:
     scaled = output / output.diagonal().mean().clamp(min=1e-30)  # gradients are tiny: keep float32 in its range
     root: torch.Tensor = torch.linalg.cholesky(damped(scaled, OUTPUT_DAMPING))
     return root
-
-
-def alternate(
-    weight: torch.Tensor, moments: Moments, scheme: Scheme, *, rounds: int, options: Compensation | None = None
-) -> Iterator[tuple[Quantized, LowRank]]:
-    """Yield the state after each round: compensate what the correction leaves, correct what the codes leave.
-
-    The first state is plain compensation followed by one correction.
-    """
-    quantized = compensate(weight, moments.input, scheme, options)
-    low_rank = correct(weight - quantized.dequantize(), moments, scheme.adapter_rank)
-    yield quantized, low_rank
-    for _ in range(rounds):
-        quantized = compensate(weight - low_rank.product(), moments.input, scheme, options)
-        low_rank = correct(weight - quantized.dequantize(), moments, scheme.adapter_rank)
-        yield quantized, low_rank

@@ -67,9 +67,7 @@ def test_other_targets_are_refused(checkpoint: Path, target: str) -> None:
 
 
 def test_slow_levels_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(
-        ValueError, match="have no kernel; cpu runs 2 bits fast with accuracy_level 4"
-    ):
+    with pytest.raises(ValueError, match="have no kernel; cpu runs 2 bits fast with accuracy_level 4"):
         plan.plan_checkpoint(checkpoint, accuracy_level=1)
     with pytest.raises(ValueError, match="accuracy_level = 7 does not exist"):
         plan.plan_checkpoint(checkpoint, accuracy_level=7)
