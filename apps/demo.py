@@ -4,7 +4,7 @@ Every step leaves a folder or file that is complete or absent, so a second call 
 steps are the same functions that the single commands call.
 
     rlkit-demo/
-      held-out/                       token windows and the original's logits
+      held-out/ synthetic/            text to measure on, with the original's logits; text the model wrote
       checkpoint-w4, -w4w2-gateup     rlkit recover
       bundle-w4, -w4w2-gateup         rlkit export
       chat.json machine.json bench.json
@@ -19,12 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rlkit.apps import console
-from rlkit.apps.heldout import HeldOut
+from rlkit.apps import console, heldout
 from rlkit.recover import assets, source
 from rlkit.recover.atomic import need_space, write_json
 from rlkit.recover.progress import Tell
@@ -120,9 +119,9 @@ def _pull(name: str, tell: Tell) -> None:
     assets.fetch(name, tell)
 
 
-def _held_out(out: Path) -> HeldOut:
+def _held_out(out: Path) -> heldout.HeldOut:
     model = assets.find(MODEL)
-    return HeldOut(assets.fetch(TEXT), out / "held-out", identity=str(model.sha256))
+    return heldout.HeldOut(assets.fetch(TEXT), out / "held-out", identity=str(model.sha256))
 
 
 def _recover(out: Path, recipe: str, tell: Tell) -> None:
@@ -135,25 +134,16 @@ def _recover(out: Path, recipe: str, tell: Tell) -> None:
         recipes.load(recipe),
         out / f"checkpoint-{recipe}",
         against=held_out.against,
+        samples=out / "synthetic",
         tell=tell,
     )
 
 
 def _export(out: Path, recipe: str, tell: Tell) -> None:
     from rlkit.export.build import export_bundle
-    from rlkit.recover.checkpoint import load_checkpoint
-    from rlkit.recover.model import logits_fn
-    from rlkit.runtime.session import open_session
 
-    held_out, checkpoint = _held_out(out), out / f"checkpoint-{recipe}"
-
-    def measure(folder: Path) -> dict[str, Any]:
-        session = open_session(folder)
-        model, _tokenizer = load_checkpoint(checkpoint)
-        against_original = held_out.divergence(session.logits, tell)
-        against_checkpoint = held_out.agreement(logits_fn(model), session.logits, tell)
-        return {**against_original.to_json(), "text": TEXT, "to_checkpoint": against_checkpoint.to_json()}
-
+    checkpoint = out / f"checkpoint-{recipe}"
+    measure = heldout.measure_bundle(_held_out(out), checkpoint, tell)
     export_bundle(checkpoint, out / f"bundle-{recipe}", measure=measure, tell=tell)
 
 

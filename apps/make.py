@@ -11,14 +11,19 @@ from typing import Annotated, Any
 
 import typer
 
-from rlkit.apps import console
+from rlkit.apps import console, heldout
 from rlkit.export import plan
 from rlkit.recover import assets, atomic, contents, source
 from rlkit.recover import recipe as recipes
+from rlkit.recover.progress import Tell
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to make; it is complete or absent.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be made, and stop.")]
+Text = Annotated[
+    str | None,
+    typer.Option("--text", help="Held-out text to measure on: a text asset (lambada), or a .txt or .jsonl file."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
 
@@ -28,10 +33,11 @@ def recover(  # noqa: PLR0913, one parameter per option of the command
     recipe: Annotated[
         str, typer.Option(help=f"Which tensors get how many bits: {', '.join(recipes.NAMED)}, or a TOML file.")
     ] = "w4w2-gateup",
-    sequences: Annotated[int, typer.Option(min=16, help="How many texts to sample from the model.")] = 128,
-    length: Annotated[int, typer.Option(min=8, help="Tokens in each of them.")] = 256,
+    sequences: Annotated[int, typer.Option(min=16, help="How many texts to sample from the model.")] = 384,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in each of them.")] = 128,
     steps: Annotated[int, typer.Option(min=0, help="Distillation steps; 0 leaves distillation out.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Sampling and training repeat with the same seed.")] = 0,
+    text: Text = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -58,7 +64,8 @@ def recover(  # noqa: PLR0913, one parameter per option of the command
             sampling=synthesize.Sampling(sequences=sequences, length=length, seed=seed),
             distillation=distill.Distillation(steps=steps, seed=seed),
         )
-        recovery.recover(found, chosen, out, settings=settings, force=force, tell=tell)
+        against = heldout.find(found, text).against if text else None
+        recovery.recover(found, chosen, out, settings=settings, against=against, force=force, tell=tell)
     if not json:
         _show_stages(source.read_json(out / "recovery.json"))
     _made(out, json, next_step=f"rlkit export {out} -o BUNDLE")
@@ -72,6 +79,7 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads written into the bundle; all cores unless told.")
     ] = None,
+    text: Text = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -90,6 +98,7 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     from rlkit.export import build
 
     with console.progress(quiet=json) as tell:
+        measure = _measure(found.path, text, tell) if text else None
         build.export_bundle(
             found.path,
             out,
@@ -98,8 +107,20 @@ def export(  # noqa: PLR0913, one parameter per option of the command
             threads=threads,
             force=force,
             tell=tell,
+            measure=measure,
         )
     _made(out, json, next_step=f'rlkit run {out} "Hello"')
+
+
+def _measure(checkpoint: Path, text: str, tell: Tell) -> heldout.Measure:
+    """The measure of an exported file on `text`, against the model that the checkpoint says it was made of."""
+    stated = checkpoint / "recovery.json"
+    if not stated.is_file():
+        raise ValueError(f"{checkpoint} does not say what it was made of (recovery.json); leave --text out")
+    original = source.resolve(source.read_json(stated)["source"]["reference"])
+    held_out = heldout.find(original, text)
+    heldout.keep_original(held_out, original, tell)
+    return heldout.measure_bundle(held_out, checkpoint, tell)
 
 
 def _show_plan(planned: plan.Plan, out: Path, json: bool) -> None:

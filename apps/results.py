@@ -75,9 +75,11 @@ def _reference_format(facts: dict[str, Any]) -> str:
 
 def _provenance(name: str, facts: dict[str, Any]) -> str:
     seconds = sum(row["seconds"] for row in facts["stages"])
-    steps = facts["settings"]["distillation"]["steps"] if any(r["stage"] == "distilled" for r in facts["stages"]) else 0
-    trained = f", then {steps} distillation steps" if steps else ""
-    text = f"{facts['synthetic_tokens']:,} tokens that the model wrote itself (seed {facts['settings']['sampling']['seed']})"
+    settings = facts["settings"]
+    distilled = any(row["stage"] == "distilled" for row in facts["stages"])
+    trained = f", then {settings['distillation']['steps']} distillation steps" if distilled else ""
+    seed = settings["sampling"]["seed"]
+    text = f"{facts['synthetic_tokens']:,} tokens that the model wrote itself (seed {seed})"
     return f"{name}: statistics and codes from {text}{trained}; {seconds:.0f} s; no text data was used."
 
 

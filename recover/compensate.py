@@ -25,7 +25,7 @@ class Compensation:
     """Damping (fraction of H's mean diagonal added to it) and the number of refinement rounds."""
 
     damping: float = 0.01
-    rounds: int = 2
+    rounds: int = 1
 
 
 def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:

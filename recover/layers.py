@@ -24,7 +24,7 @@ from rlkit.recover.quantize import Quantized, quantize_nearest
 from rlkit.recover.recipe import Scheme
 from rlkit.recover.statistics import Statistics
 
-HEAD_DAMPING = 1.0  # a tied lm_head is the embedding too, where every input counts alike: a rounder metric serves both
+HEAD_DAMPING = 0.1  # a tied lm_head is the embedding too, where every input counts alike: a rounder metric serves both
 
 
 def nearest(

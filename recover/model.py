@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +51,9 @@ def _forget_gguf(model: Any) -> None:
         delattr(model.config, "quantization_config")
     model.hf_quantizer = None
     model.is_quantized = False
+    model.config.architectures = [
+        type(model).__name__
+    ]  # a GGUF does not name the class, and readers of folders need it
 
 
 @contextlib.contextmanager
@@ -61,18 +64,13 @@ def quiet_transformers() -> Iterator[None]:
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tqdm_was = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar heeds no setting
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-        if tqdm_was is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = tqdm_was
 
 
 def logits_fn(model: Any) -> Any:

@@ -49,11 +49,12 @@ ATTENTION_INPUTS = (".q_proj", ".k_proj", ".v_proj")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How much of everything: sampled text, rows used for statistics, alternation rounds, distillation steps."""
+    """How much of everything: sampled text, rows for input and output moments, alternation rounds, training steps."""
 
     sampling: Sampling = field(default_factory=Sampling)
-    statistics_rows: int = 64
-    rounds: int = 3
+    statistics_rows: int = 256
+    output_rows: int = 64
+    rounds: int = 4
     compensation: Compensation = field(default_factory=Compensation)
     distillation: Distillation = field(default_factory=Distillation)
 
@@ -63,9 +64,10 @@ class Settings:
                 f"sequences = {self.sampling.sequences} leaves none to learn from; use more than {HELD_OUT_ROWS}, "
                 "which are held out"
             )
-        if self.statistics_rows < 1 or self.rounds < 0:
+        if min(self.statistics_rows, self.output_rows) < 1 or self.rounds < 0:
             raise ValueError(
-                f"statistics_rows = {self.statistics_rows} must be at least 1 and rounds = {self.rounds} at least 0"
+                f"statistics_rows = {self.statistics_rows} and output_rows = {self.output_rows} must be at least 1, "
+                f"rounds = {self.rounds} at least 0"
             )
 
 
@@ -84,21 +86,24 @@ class _Stages:
         self._since = time.perf_counter()
 
 
-def recover(
+def recover(  # noqa: PLR0913, a job and where its parts lie
     source: Source,
     recipe: Recipe,
     out: Path,
     *,
     settings: Settings | None = None,
     against: Against | None = None,
+    samples: Path | None = None,
     force: bool = False,
     tell: Tell = silent,
 ) -> Path:
     """Make the checkpoint folder `out` and return it.
 
     `against` is called once with the original's LogitsFn and its tokenizer, and returns what measures every stage;
-    without it the divergence is taken on synthetic sequences that nothing else uses. Raises ValueError for a source or
-    recipe that cannot be used, FileExistsError if `out` exists and not `force`.
+    without it the divergence is taken on synthetic sequences that nothing else uses. The sampled text is kept in
+    `samples` for other calls, or goes with the rest of the work when this one is complete.
+
+    Raises ValueError for a source or recipe that cannot be used, FileExistsError if `out` exists and not `force`.
     """
     settings = settings or Settings()
     refuse_existing(out, force=force)
@@ -106,7 +111,7 @@ def recover(
     key = fingerprint(source, recipe, settings)
     model, tokenizer = load_model(source)
     schemes = resolved_schemes(model, recipe)
-    ids = _sample(model, tokenizer, settings.sampling, work, fingerprint(source, None, settings), tell)
+    ids = _sample(model, tokenizer, settings.sampling, samples or work, fingerprint(source, None, settings), tell)
     train, held_out = ids[HELD_OUT_ROWS:], ids[:HELD_OUT_ROWS]
     measure = against(logits_fn(model), tokenizer.encode) if against else _synthetic_measure(model, held_out)
     stages = _Stages(measure)
@@ -192,7 +197,9 @@ def _recover(
         quantized, low_ranks, stages.rows[1:] = layers.load_state(kept, schemes)
         layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, low_ranks)
     else:
-        statistics = collect(model, ids[: settings.statistics_rows], adapted, tell=tell)
+        statistics = collect(
+            model, ids[: settings.statistics_rows], adapted, output_rows=settings.output_rows, tell=tell
+        )
         stages.finish("statistics")
         quantized = dict(layers.nearest(model, schemes, statistics, tell))
         layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})

@@ -37,30 +37,49 @@ class Statistics:
 
 
 def collect(
-    model: Any, ids: NDArray[np.int64], outputs_of: Iterable[str], *, seed: int = 0, tell: Tell = silent
+    model: Any,
+    ids: NDArray[np.int64],
+    outputs_of: Iterable[str],
+    *,
+    output_rows: int | None = None,
+    seed: int = 0,
+    tell: Tell = silent,
 ) -> Statistics:
-    """Gather the moments of every linear over `ids` (sequences, length), output moments for `outputs_of` only."""
+    """Gather the moments of every linear over `ids` (sequences, length), output moments for `outputs_of` only.
+
+    Output moments need a backward pass and are damped more, so the first `output_rows` sequences may do for them.
+    """
     modules, wanted = linears(model), set(outputs_of)
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
     leaders = _input_leaders(modules)
-    handles = [modules[name].register_forward_pre_hook(_input_hook(inputs, name)) for name in set(leaders.values())]
+    leading = set(leaders.values()) - {"lm_head"}  # whose product is not needed, only its input
+    handles = [modules[name].register_forward_pre_hook(_input_hook(inputs, name)) for name in leading]
     handles += [modules[name].register_full_backward_hook(_output_hook(outputs, name)) for name in wanted]
     rng = torch.Generator().manual_seed(seed)
     rows = torch.from_numpy(ids)
+    counted = len(rows) if output_rows is None else min(output_rows, len(rows))
+    head = _input_hook(inputs, "lm_head")
+    handles.append(
+        model.model.register_forward_hook(lambda _module, _inputs, out: head(None, (out.last_hidden_state,)))
+    )
     try:
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
-            _forward_backward(model, batch, rng, backward=bool(wanted))
+            if wanted and start < counted:
+                _forward_backward(model, batch[: counted - start], rng)
+                batch = batch[counted - start :]
+            if len(batch):
+                _forward(model, batch)
             tell(Progress("statistics", min(start + BATCH, len(rows)), len(rows), f"{rows.shape[1]} tokens each"))
     finally:
         for handle in handles:
             handle.remove()
-    tokens = rows.numel()
+    tokens, output_tokens = rows.numel(), counted * rows.shape[1]
     shared = {leader: inputs[leader] / tokens for leader in set(leaders.values())}
     return Statistics(
         {name: shared[leader] for name, leader in leaders.items()},
-        {name: moment / tokens for name, moment in outputs.items()},
+        {name: moment / output_tokens for name, moment in outputs.items()},
         tokens,
     )
 
@@ -96,16 +115,22 @@ def _output_hook(moments: dict[str, torch.Tensor], name: str) -> Any:
     return hook
 
 
-def _forward_backward(model: Any, batch: torch.Tensor, rng: torch.Generator, *, backward: bool) -> None:
-    """One batch through the model; backward from -log p(label), labels drawn from the model itself."""
-    with torch.set_grad_enabled(backward), autocast():
-        embedded = model.get_input_embeddings()(batch).detach().requires_grad_(backward)
+@torch.no_grad()
+def _forward(model: Any, batch: torch.Tensor) -> None:
+    """One batch (B, T) through all layers; the hooks do the rest."""
+    with autocast():
+        model.model(input_ids=batch, use_cache=False)
+
+
+def _forward_backward(model: Any, batch: torch.Tensor, rng: torch.Generator) -> None:
+    """One batch through the model and back from -log p(label), labels drawn from the model itself."""
+    with torch.enable_grad(), autocast():
+        embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
         hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         with torch.no_grad():
-            logits = model.lm_head(hidden.detach())
-            if not backward:
-                return
-            gradient = _sampled_gradient(logits.flatten(0, 1), rng) @ model.lm_head.weight.to(logits.dtype)
+            weight = model.lm_head.weight
+            logits = torch.nn.functional.linear(hidden.detach(), weight)
+            gradient = _sampled_gradient(logits.flatten(0, 1), rng) @ weight.to(logits.dtype)
         hidden.backward(gradient.view_as(hidden).to(hidden.dtype))
 
 

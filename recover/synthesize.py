@@ -2,8 +2,8 @@
 
 Hybrid sampling after LLM-QAT (Liu et al. 2023, generate_data.py), which Recover-LoRA (2510.08600, section 3) adopts: a
 sequence starts from one vocabulary token, continues greedily to a total of 3, 4 or 5 tokens, then is sampled from the
-model's own distribution. Half of the sequences instead start with the chat template's opening of a user turn, so that
-instruct models also visit the states they are used in.
+model's own distribution. Some of the sequences (`chat_share`) instead start with the chat template's opening of a user
+turn, so that instruct models also visit the states they are used in.
 
 Each batch draws from its own generator (seed, batch number), so the same seed gives the same data, whatever was already
 there when the run was resumed.
@@ -34,7 +34,7 @@ class Sampling:
     length: int = 128
     temperature: float = 1.0
     batch: int = 192
-    chat_share: float = 0.5
+    chat_share: float = 0.4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +85,8 @@ def _openings(tokenizer: Any, vocab: int, sampling: Sampling, count: int, rng: t
     seeds = torch.randint(0, vocab, (count,), generator=rng).tolist()
     turn = _user_turn(tokenizer)
     chats = round(count * sampling.chat_share) if turn else 0
-    return [(turn if row < chats else []) + [token] for row, token in enumerate(seeds)]
+    chosen = set(torch.randperm(count, generator=rng)[:chats].tolist())  # spread, as later stages use the first rows
+    return [(turn if row in chosen else []) + [token] for row, token in enumerate(seeds)]
 
 
 def _user_turn(tokenizer: Any) -> list[int]:
