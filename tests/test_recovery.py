@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny
-from rlkit.recover import recipe
+from rlkit.recover import packing, recipe
 from rlkit.recover.checkpoint import load_checkpoint
 from rlkit.recover.compensate import Compensation
 from rlkit.recover.distill import Distillation
@@ -28,6 +28,7 @@ IDS = np.random.default_rng(0).integers(3, tiny.VOCAB, (4, 24))
 QUICK = Settings(
     sampling=Sampling(sequences=28, length=24, batch=14),
     statistics_rows=16,
+    output_rows=9,
     rounds=1,
     compensation=Compensation(rounds=1),
     distillation=Distillation(steps=12, batch=8, warmup=1),
@@ -131,6 +132,13 @@ def test_bits_are_the_recipes(made: Run) -> None:
     assert {name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in adapters} == two_bit
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_adapters_lie_on_the_exporters_grid(source: Source, steps: int, tmp_path: Path) -> None:
+    found = run(source, tmp_path / "ckpt", settings=replace(QUICK, distillation=Distillation(steps=steps, batch=2)))
+    for name, tensor in load_file(found.out / "adapter" / "adapter_model.safetensors").items():
+        np.testing.assert_array_equal(packing.snap8(tensor).dequantized, tensor, err_msg=name)
+
+
 def test_progress_is_told_for_every_stage(made: Run) -> None:
     assert made.told_stages() == ["synthesize", "statistics", "round-to-nearest", "compensate", "correct", "distill"]
     last = {event.stage: event for event in made.told}
@@ -210,7 +218,8 @@ def test_an_existing_folder_is_replaced_only_by_force(made: Run, tmp_path: Path)
 
 
 def test_without_text_synthetic_sequences_are_held_out(source: Source, tmp_path: Path) -> None:
-    found = run(source, tmp_path / "ckpt", against=None)
+    found = run(source, tmp_path / "ckpt", against=None, settings=replace(QUICK, statistics_rows=1000))
+    assert {event.total for event in found.told if event.stage == "statistics"} == {28 - HELD_OUT_ROWS}
     assert found.facts["measured_on"] == f"{HELD_OUT_ROWS} held-out synthetic sequences"
     divergence = found.facts["stages"][-1]["divergence"]
     assert 0 < divergence["kl_mean"] < found.facts["stages"][2]["divergence"]["kl_mean"]
@@ -301,6 +310,7 @@ def test_a_checkpoint_cannot_be_recovered_again(made: Run, tmp_path: Path) -> No
     ("changes", "said"),
     [
         ({"statistics_rows": 0}, "statistics_rows = 0"),
+        ({"output_rows": 0}, "output_rows = 0"),
         ({"rounds": -1}, "rounds = -1"),
         ({"sampling": Sampling(sequences=8)}, "sequences = 8 leaves none"),
     ],

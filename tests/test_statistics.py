@@ -148,6 +148,15 @@ def test_of_large_outputs_the_diagonal_is_kept(tmp_path_factory: pytest.TempPath
     assert_near(found, gradient.square().mean(0))
 
 
+@pytest.mark.parametrize("rows", [3, 8, 10, 99])
+def test_output_moments_may_come_from_the_first_rows_alone(model: Any, rows: int) -> None:
+    name = "model.layers.0.mlp.gate_proj"
+    found, few = collect(model, IDS, [name], output_rows=rows), collect(model, IDS[:rows], [name])
+    assert_near(found.outputs[name], few.outputs[name], 1e-3)
+    for key, moment in collect(model, IDS, []).inputs.items():
+        assert_near(found.inputs[key], moment)
+
+
 def test_same_seed_same_moments_and_nothing_left_behind(model: Any) -> None:
     name, told = "model.layers.0.mlp.up_proj", list[Progress]()
     first, again = (collect(model, IDS, [name], seed=1, tell=told.append) for _ in range(2))
