@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -38,11 +39,12 @@ MARK = "rlkit-demo.json"  # says that a folder is ours, so that --fresh may empt
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of the plan: what it makes, and how."""
+    """One line of the plan: what it makes, how, and whether it must follow when an earlier step was made again."""
 
     title: str
     made: Path
     make: Callable[[Tell], None]
+    follows: bool = False
 
 
 def demo(
@@ -63,32 +65,34 @@ def demo(
         return
     began = time.monotonic()
     _prepare(out, fresh=fresh)
+    changed = False
     for number, step in enumerate(steps, start=1):
-        done = step.made.exists()
+        done = step.made.exists() and not (step.follows and changed)
         if not json:
             console.say(f"[{number}/{len(steps)}] {step.title}{' (done before)' if done else ''}")
         if not done:
             with console.progress(quiet=json) as tell:
                 step.make(tell)
+            changed = True
     _conclude(out, json, time.monotonic() - began)
 
 
 def plan(out: Path) -> list[Step]:
     """The steps in order, each with the path that proves it done."""
     steps = [
-        Step(f"pull {name}: {assets.find(name).about}", _cached_path(name), lambda tell, n=name: _pull(n, tell))
+        Step(f"pull {name}: {assets.find(name).about}", _cached_path(name), partial(_pull, name))
         for name in (MODEL, TEXT)
     ]
     for recipe in reversed(RECIPES):
         made = out / f"checkpoint-{recipe}"
-        steps.append(Step(f"recover {recipe}", made, lambda tell, r=recipe: _recover(out, r, tell)))
+        steps.append(Step(f"recover {recipe}", made, partial(_recover, out, recipe)))
     for recipe in RECIPES:
         made = out / f"bundle-{recipe}"
-        steps.append(Step(f"export {recipe} and measure the file", made, lambda tell, r=recipe: _export(out, r, tell)))
-    steps.append(Step(f"chat with {RECIPES[-1]}", out / "chat.json", lambda _tell: _chat(out)))
-    steps.append(Step("measure this machine", out / "machine.json", lambda _tell: _machine(out)))
-    steps.append(Step("bench both bundles side by side", out / "bench.json", lambda tell: _bench(out, tell)))
-    return [*steps, Step("report", out / "report.json", lambda _tell: _report(out))]
+        steps.append(Step(f"export {recipe} and measure the file", made, partial(_export, out, recipe)))
+    steps.append(Step(f"chat with {RECIPES[-1]}", out / "chat.json", partial(_chat, out), follows=True))
+    steps.append(Step("measure this machine", out / "machine.json", partial(_machine, out)))
+    steps.append(Step("bench both bundles side by side", out / "bench.json", partial(_bench, out), follows=True))
+    return [*steps, Step("report", out / "report.json", partial(_report, out), follows=True)]
 
 
 def _cached_path(name: str) -> Path:
@@ -147,7 +151,7 @@ def _export(out: Path, recipe: str, tell: Tell) -> None:
     export_bundle(checkpoint, out / f"bundle-{recipe}", measure=measure, tell=tell)
 
 
-def _chat(out: Path) -> None:
+def _chat(out: Path, _tell: Tell) -> None:
     from rlkit.runtime.chat import Chat
     from rlkit.runtime.session import open_session
 
@@ -158,7 +162,7 @@ def _chat(out: Path) -> None:
     write_json(out / "chat.json", {"prompt": PROMPT, "reply": "".join(said), "bundle": bundle.name})
 
 
-def _machine(out: Path) -> None:
+def _machine(out: Path, _tell: Tell) -> None:
     from rlkit.profiles.machine import measure_machine
 
     write_json(out / "machine.json", measure_machine().to_json())
@@ -173,7 +177,7 @@ def _bench(out: Path, tell: Tell) -> None:
     write_json(out / "bench.json", [measurement.to_json() for measurement in found])
 
 
-def _report(out: Path) -> None:
+def _report(out: Path, _tell: Tell) -> None:
     from rlkit.apps.results import assemble
     from rlkit.profiles.render import write_report
 

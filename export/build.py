@@ -59,6 +59,8 @@ def export_bundle(  # noqa: PLR0913, the options of one command
     plan = plan_inventory(inventory, target=target, accuracy_level=accuracy_level)
     settings = bundle.Settings(plan, threads)
     need_space(out.parent, 2 * plan.nbytes + _SPARE_NBYTES)
+    tell(Progress("builder", 0, inventory.shape.layers, "loading"))
+    _import_builder()
     with fresh_folder(out, force=force) as work:
         built = work / ".build"
         _run_builder(checkpoint, inventory, plan, built, tell)
@@ -110,28 +112,31 @@ def _adapters(
         yield adapter, a, b
 
 
+def _import_builder() -> Any:
+    """The builder's module. Imported before anything is written: third-party imports may swallow a Ctrl-C."""
+    with _quiet(None):
+        from onnxruntime_genai.models import builder
+    return builder
+
+
 def _run_builder(checkpoint: Path, inventory: Inventory, plan: Plan, built: Path, tell: Tell) -> None:
     """Let the stock builder write its folder `built`; its complaints become one-line ValueErrors."""
-    layers = inventory.shape.layers
-    tell(Progress("builder", 0, layers, "loading"))
+    builder, layers = _import_builder(), inventory.shape.layers
 
     def heard(line: str) -> None:
         match = _LAYER_LINE.match(line)
         if match:
             tell(Progress("builder", int(match[1]) + 1, layers))
 
-    with _quiet(heard):
-        from onnxruntime_genai.models import builder
-
-        with _offline():
-            folder, cache = str(checkpoint), str(built / ".cache")
-            arguments = (folder, folder, str(built), "int4", plan.target.provider, cache)
-            try:
-                options = builder.parse_extra_options(*arguments, _builder_options(inventory, plan))
-                builder.create_model(*arguments, **options)
-            except (NotImplementedError, ValueError, KeyError) as error:
-                line = str(error).strip().split("\n")[0]
-                raise ValueError(f"the model builder refuses {checkpoint}: {line}; see `rlkit inspect`") from error
+    with _quiet(heard), _offline():
+        folder, cache = str(checkpoint), str(built / ".cache")
+        arguments = (folder, folder, str(built), "int4", plan.target.provider, cache)
+        try:
+            options = builder.parse_extra_options(*arguments, _builder_options(inventory, plan))
+            builder.create_model(*arguments, **options)
+        except (NotImplementedError, ValueError, KeyError) as error:
+            line = str(error).strip().split("\n")[0]
+            raise ValueError(f"the model builder refuses {checkpoint}: {line}; see `rlkit inspect`") from error
     shutil.rmtree(built / ".cache", ignore_errors=True)
 
 

@@ -36,6 +36,7 @@ from rlkit.recover.correct import LowRank
 from rlkit.recover.distill import Distillation, distill
 from rlkit.recover.model import fast_dtype, linears, load_model, logits_fn
 from rlkit.recover.progress import Progress, Tell, silent
+from rlkit.recover.quantize import Quantized
 from rlkit.recover.recipe import Recipe, Scheme
 from rlkit.recover.source import Source
 from rlkit.recover.statistics import collect
@@ -192,38 +193,51 @@ def _recover(
 ) -> Recovered:
     student = copy.deepcopy(model)
     kept = work / "corrected.safetensors"
-    adapted = [name for name, scheme in schemes.items() if scheme.adapter_rank]
     if kept.is_file():
         quantized, low_ranks, stages.rows[1:] = layers.load_state(kept, schemes)
         layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, low_ranks)
     else:
-        statistics = collect(
-            model, ids[: settings.statistics_rows], adapted, output_rows=settings.output_rows, tell=tell
-        )
-        stages.finish("statistics")
-        quantized = dict(layers.nearest(model, schemes, statistics, tell))
-        layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})
-        stages.finish("round-to-nearest", student)
-        quantized = dict(layers.compensated(model, schemes, statistics, settings.compensation, tell))
-        layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})
-        stages.finish("compensated", student)
-        low_ranks = {}
-        if adapted:
-            for name, state, low_rank in layers.corrected(model, quantized, statistics, settings, tell):
-                quantized[name], low_ranks[name] = state, low_rank
-            layers.install(student, {name: quantized[name].dequantize() for name in adapted}, low_ranks)
-            stages.finish("corrected", student)
+        quantized, low_ranks = _quantize(model, student, schemes, ids, settings, stages, tell)
         layers.save_state(kept, quantized, low_ranks, stages.rows[1:])
     if low_ranks and settings.distillation.steps:
-        weights = {name: quantized[name].dequantize() for name in adapted}
+        weights = {name: quantized[name].dequantize() for name in low_ranks}
         layers.adapt(student, weights, low_ranks, fast_dtype())
         _distill(model, student, ids, settings.distillation, work / "distill.pt", tell)
-        low_ranks = {name: adapter.snap(_factors(student, name)) for name in adapted}
+        low_ranks = {name: adapter.snap(_factors(student, name)) for name in low_ranks}
         layers.uninstall(student, weights, low_ranks)
         stages.finish("distilled", student)
     else:
         low_ranks = {name: adapter.snap(low_rank) for name, low_rank in low_ranks.items()}
     return Recovered(quantized, low_ranks, _other_tensors(student, quantized))
+
+
+def _quantize(
+    model: Any,
+    student: Any,
+    schemes: dict[str, Scheme],
+    ids: NDArray[np.int64],
+    settings: Settings,
+    stages: _Stages,
+    tell: Tell,
+) -> tuple[dict[str, Quantized], dict[str, LowRank]]:
+    """All that needs no gradient step; `student` wears the result, and the statistics are gone when it returns."""
+    adapted = [name for name, scheme in schemes.items() if scheme.adapter_rank]
+    rows = ids[: settings.statistics_rows]
+    statistics = collect(model, rows, adapted, output_rows=settings.output_rows, tell=tell)
+    stages.finish("statistics")
+    quantized = dict(layers.nearest(model, schemes, statistics, tell))
+    layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})
+    stages.finish("round-to-nearest", student)
+    quantized = dict(layers.compensated(model, schemes, statistics, settings.compensation, tell))
+    layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})
+    stages.finish("compensated", student)
+    low_ranks = {}
+    if adapted:
+        for name, state, low_rank in layers.corrected(model, quantized, statistics, settings, tell):
+            quantized[name], low_ranks[name] = state, low_rank
+        layers.install(student, {name: quantized[name].dequantize() for name in adapted}, low_ranks)
+        stages.finish("corrected", student)
+    return quantized, low_ranks
 
 
 def _factors(student: Any, name: str) -> LowRank:
