@@ -5,14 +5,15 @@ steps are the same functions that the single commands call.
 
     rlkit-demo/
       held-out/ synthetic/            text to measure on, with the original's logits; text the model wrote
-      checkpoint-w4, -w4w2-gateup     rlkit recover
-      bundle-w4, -w4w2-gateup         rlkit export
+      checkpoints/w4  w4w2-gateup     rlkit recover
+      bundles/w4      w4w2-gateup     rlkit export
       chat.json machine.json bench.json
       report.json report.html
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from rlkit.recover.progress import Tell
 
 MODEL, TEXT = "smollm2-135m", "lambada"
 RECIPES = ("w4", "w4w2-gateup")  # the first is what the others are compared with
-PROMPT = "What is the capital of France?"
+PROMPT = "What is gravity?"
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 NEEDED_NBYTES = 2_000_000_000
 MARK = "rlkit-demo.json"  # says that a folder is ours, so that --fresh may empty it
@@ -73,6 +74,7 @@ def demo(
         if not done:
             with console.progress(quiet=json) as tell:
                 step.make(tell)
+            gc.collect()  # a torch model holds cycles, and the next step wants its memory
             changed = True
     _conclude(out, json, time.monotonic() - began)
 
@@ -84,10 +86,10 @@ def plan(out: Path) -> list[Step]:
         for name in (MODEL, TEXT)
     ]
     for recipe in reversed(RECIPES):
-        made = out / f"checkpoint-{recipe}"
+        made = out / "checkpoints" / recipe
         steps.append(Step(f"recover {recipe}", made, partial(_recover, out, recipe)))
     for recipe in RECIPES:
-        made = out / f"bundle-{recipe}"
+        made = out / "bundles" / recipe
         steps.append(Step(f"export {recipe} and measure the file", made, partial(_export, out, recipe)))
     steps.append(Step(f"chat with {RECIPES[-1]}", out / "chat.json", partial(_chat, out), follows=True))
     steps.append(Step("measure this machine", out / "machine.json", partial(_machine, out)))
@@ -132,11 +134,13 @@ def _recover(out: Path, recipe: str, tell: Tell) -> None:
     from rlkit.recover import recipe as recipes
     from rlkit.recover import recovery
 
-    held_out = _held_out(out)
+    held_out, chosen = _held_out(out), recipes.load(recipe)
+    corrected = any(rule.scheme.adapter_rank for rule in chosen.rules)
     recovery.recover(
         source.resolve(MODEL, download=True),
-        recipes.load(recipe),
-        out / f"checkpoint-{recipe}",
+        chosen,
+        out / "checkpoints" / recipe,
+        settings=recovery.Settings() if corrected else recovery.Settings(statistics_rows=128),
         against=held_out.against,
         samples=out / "synthetic",
         tell=tell,
@@ -146,16 +150,16 @@ def _recover(out: Path, recipe: str, tell: Tell) -> None:
 def _export(out: Path, recipe: str, tell: Tell) -> None:
     from rlkit.export.build import export_bundle
 
-    checkpoint = out / f"checkpoint-{recipe}"
+    checkpoint = out / "checkpoints" / recipe
     measure = heldout.measure_bundle(_held_out(out), checkpoint, tell)
-    export_bundle(checkpoint, out / f"bundle-{recipe}", measure=measure, tell=tell)
+    export_bundle(checkpoint, out / "bundles" / recipe, measure=measure, tell=tell)
 
 
 def _chat(out: Path, _tell: Tell) -> None:
     from rlkit.runtime.chat import Chat
     from rlkit.runtime.session import open_session
 
-    bundle = out / f"bundle-{RECIPES[-1]}"
+    bundle = out / "bundles" / RECIPES[-1]
     said = []
     for token in Chat(open_session(bundle)).reply(PROMPT, max_new_tokens=64):
         said.append(token.text)
@@ -172,7 +176,7 @@ def _bench(out: Path, tell: Tell) -> None:
     from rlkit.profiles import bench, worker
 
     work = bench.Plan((PROMPT_TOKENS,), NEW_TOKENS, repeats=7)
-    bundles = [out / f"bundle-{recipe}" for recipe in RECIPES]
+    bundles = [out / "bundles" / recipe for recipe in RECIPES]
     found = worker.measure_bundles(bundles, work, worker.Setting(), tell)
     write_json(out / "bench.json", [measurement.to_json() for measurement in found])
 

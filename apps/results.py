@@ -25,8 +25,8 @@ def assemble(out: Path, names: Sequence[str], *, text: str, command: str) -> rep
 
     The stages told are those of the last recipe.
     """
-    bundles = [out / f"bundle-{name}" for name in names]
-    recoveries = [read_json(out / f"checkpoint-{name}" / "recovery.json") for name in names]
+    bundles = [out / "bundles" / name for name in names]
+    recoveries = [read_json(out / "checkpoints" / name / "recovery.json") for name in names]
     measured = [bench.Measurement.from_json(row) for row in _read(out / "bench.json")]
     machine = Machine.from_json(read_json(out / "machine.json"))
     sizes = [read_size(bundle) for bundle in bundles]
@@ -35,7 +35,8 @@ def assemble(out: Path, names: Sequence[str], *, text: str, command: str) -> rep
         forecast(size.shape, recipes.load(bundle / "recipe.toml"), Peaks.of(machine), work).roofline
         for size, bundle in zip(sizes, bundles, strict=True)
     ]
-    last = recoveries[-1]
+    last, accuracies = recoveries[-1], [_accuracy(bundle) for bundle in bundles]
+    exported = report.Stage("exported file", accuracies[-1].divergence, 0.0)
     return report.Report(
         model=last["source"]["reference"],
         parameters=last["source"]["parameters"],
@@ -45,8 +46,8 @@ def assemble(out: Path, names: Sequence[str], *, text: str, command: str) -> rep
         command=command,
         date=datetime.date.today().isoformat(),
         provenance=tuple(_provenance(name, facts) for name, facts in zip(names, recoveries, strict=True)),
-        stages=tuple(_stage(row) for row in last["stages"]),
-        bundles=report.bundle_results(sizes, measured, forecasts, [_accuracy(bundle) for bundle in bundles]),
+        stages=(*(_stage(row) for row in last["stages"]), exported),
+        bundles=report.bundle_results(sizes, measured, forecasts, accuracies),
         chat=report.Chat(**read_json(out / "chat.json")),
         versions={name: found for name in PACKAGES if (found := _version(name))},
     )

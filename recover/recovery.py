@@ -14,6 +14,7 @@ a folder beside the output until the checkpoint is complete, so that the same ca
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import shutil
@@ -75,15 +76,16 @@ class Settings:
 class _Stages:
     """The log of finished stages: name, wall seconds since the one before, divergence to the original."""
 
-    def __init__(self, measure: Measure) -> None:
+    def __init__(self, measure: Measure, since: float) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._measure, self._since = measure, time.perf_counter()
+        self._measure, self._since = measure, since
 
     def finish(self, name: str, model: Any = None) -> None:
         """Close a stage; with a model, measure it (which counts as no stage's time)."""
         seconds = time.perf_counter() - self._since
         divergence = self._measure(logits_fn(model)) if model is not None else None
         self.rows.append({"stage": name, "seconds": round(seconds, 2), "divergence": divergence})
+        gc.collect()  # models hold cycles: without this, copies that are done with stay for a while
         self._since = time.perf_counter()
 
 
@@ -109,13 +111,15 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     settings = settings or Settings()
     refuse_existing(out, force=force)
     work = out.with_name(f".{out.name}.work")
-    key = fingerprint(source, recipe, settings)
+    key = fingerprint(source, recipe, settings) + ("-text" if against else "")  # kept stages say what they measured
     model, tokenizer = load_model(source)
     schemes = resolved_schemes(model, recipe)
+    since = time.perf_counter()
     ids = _sample(model, tokenizer, settings.sampling, samples or work, fingerprint(source, None, settings), tell)
+    seconds = time.perf_counter() - since
     train, held_out = ids[HELD_OUT_ROWS:], ids[:HELD_OUT_ROWS]
     measure = against(logits_fn(model), tokenizer.encode) if against else _synthetic_measure(model, held_out)
-    stages = _Stages(measure)
+    stages = _Stages(measure, time.perf_counter() - seconds)
     stages.finish("synthesize")
     recovered = _recover(model, schemes, train, settings, work / key, stages, tell)
     facts = {
@@ -135,8 +139,9 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
 
 def fingerprint(source: Source, recipe: Recipe | None, settings: Settings) -> str:
     """A short key of everything that decides the result, so that kept work is only reused for the same job."""
-    file = source.file if source.file.is_file() else source.path / "config.json"
-    stamp = [str(source.file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+    parts = [source.file] if source.file.is_file() else sorted(source.path.glob("*.safetensors"))
+    files = [*parts, *source.path.glob("config.json")]
+    stamp = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     what = asdict(settings) if recipe else asdict(settings.sampling)
     text = json.dumps([stamp, recipe.to_toml() if recipe else "", what], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -29,7 +29,7 @@ def test_dry_run_lists_every_step_and_makes_nothing(tmp_path: Path, capsys: pyte
 
 def test_finished_steps_are_told_as_done(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (out / "checkpoint-w4").mkdir(parents=True)
+    (out / "checkpoints" / "w4").mkdir(parents=True)
     done = [step.title for step in demo.plan(out) if step.made.exists()]
     assert done == ["recover w4"]
 
@@ -49,8 +49,8 @@ def test_a_folder_of_somebody_else_is_left_alone(
 def test_fresh_empties_only_an_own_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     demo._prepare(out, fresh=False)
-    (out / "checkpoint-w4").mkdir()
+    (out / "checkpoints").mkdir()
     demo._prepare(out, fresh=False)
-    assert (out / "checkpoint-w4").is_dir()
+    assert (out / "checkpoints").is_dir()
     demo._prepare(out, fresh=True)
     assert [path.name for path in out.iterdir()] == [demo.MARK]

@@ -46,6 +46,7 @@ def test_each_stage_of_recovery_reaches_its_bar(out: Path) -> None:
     assert kl["compensated"] <= 1.2
     assert kl["corrected"] <= 0.70
     assert kl["distilled"] < kl["corrected"]
+    assert abs(kl["exported file"] - kl["distilled"]) < 0.02
 
 
 def test_divergence_is_measured_on_enough_real_text(out: Path) -> None:
@@ -60,7 +61,7 @@ def test_exported_bundles_agree_with_their_checkpoints(out: Path) -> None:
 
 
 def test_without_int8_activations_file_and_checkpoint_are_one(out: Path, tmp_path: Path) -> None:
-    checkpoint = out / f"checkpoint-{demo.RECIPES[-1]}"
+    checkpoint = out / "checkpoints" / demo.RECIPES[-1]
     bundle = export_bundle(checkpoint, tmp_path / "exact", accuracy_level=0)
     model, _tokenizer = load_checkpoint(checkpoint)
     held_out = heldout.HeldOut(Path("unused"), out / "held-out", "unused")
@@ -95,7 +96,7 @@ while not generator.is_done() and count < 16:
     count += 1
 print(tokenizer.decode(generator.get_sequence(0)))
 """
-    command = [sys.executable, "-I", "-c", script, str(out / f"bundle-{demo.RECIPES[-1]}")]
+    command = [sys.executable, "-I", "-c", script, str(out / "bundles" / demo.RECIPES[-1])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip()) > 20
