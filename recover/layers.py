@@ -27,9 +27,7 @@ from rlkit.recover.statistics import Statistics
 HEAD_DAMPING = 0.1  # a tied lm_head is the embedding too, where every input counts alike: a rounder metric serves both
 
 
-def nearest(
-    model: Any, schemes: dict[str, Scheme], _statistics: Statistics, tell: Tell
-) -> Iterator[tuple[str, Quantized]]:
+def nearest(model: Any, schemes: dict[str, Scheme], tell: Tell) -> Iterator[tuple[str, Quantized]]:
     """Round-to-nearest of every matrix."""
     modules = linears(model)
     for index, (name, scheme) in enumerate(schemes.items(), start=1):

@@ -121,7 +121,7 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     measure = against(logits_fn(model), tokenizer.encode) if against else _synthetic_measure(model, held_out)
     stages = _Stages(measure, time.perf_counter() - seconds)
     stages.finish("synthesize")
-    recovered = _recover(model, schemes, train, settings, work / key, stages, tell)
+    recovered = _recover(_Job(model, schemes, train, settings, stages, tell), work / key)
     facts = {
         "source": _source_facts(source, model),
         "settings": asdict(settings),
@@ -187,50 +187,47 @@ def _sample(model: Any, tokenizer: Any, plan: Sampling, work: Path, key: str, te
     return synthesize(sampler, tokenizer, plan, shards=work / f"synthetic-{key}", tell=tell)
 
 
-def _recover(
-    model: Any,
-    schemes: dict[str, Scheme],
-    ids: NDArray[np.int64],
-    settings: Settings,
-    work: Path,
-    stages: _Stages,
-    tell: Tell,
-) -> Recovered:
-    student = copy.deepcopy(model)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every stage works on: the original, the scheme of each linear, the text to learn from, and whom to tell."""
+
+    model: Any
+    schemes: dict[str, Scheme]
+    ids: NDArray[np.int64]
+    settings: Settings
+    stages: _Stages
+    tell: Tell
+
+
+def _recover(job: _Job, work: Path) -> Recovered:
+    student = copy.deepcopy(job.model)
     kept = work / "corrected.safetensors"
     if kept.is_file():
-        quantized, low_ranks, stages.rows[1:] = layers.load_state(kept, schemes)
+        quantized, low_ranks, job.stages.rows[1:] = layers.load_state(kept, job.schemes)
         layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, low_ranks)
     else:
-        quantized, low_ranks = _quantize(model, student, schemes, ids, settings, stages, tell)
-        layers.save_state(kept, quantized, low_ranks, stages.rows[1:])
-    if low_ranks and settings.distillation.steps:
+        quantized, low_ranks = _quantize(job, student)
+        layers.save_state(kept, quantized, low_ranks, job.stages.rows[1:])
+    if low_ranks and job.settings.distillation.steps:
         weights = {name: quantized[name].dequantize() for name in low_ranks}
         layers.adapt(student, weights, low_ranks, fast_dtype())
-        _distill(model, student, ids, settings.distillation, work / "distill.pt", tell)
+        _distill(job, student, work / "distill.pt")
         low_ranks = {name: adapter.snap(_factors(student, name)) for name in low_ranks}
         layers.uninstall(student, weights, low_ranks)
-        stages.finish("distilled", student)
+        job.stages.finish("distilled", student)
     else:
         low_ranks = {name: adapter.snap(low_rank) for name, low_rank in low_ranks.items()}
     return Recovered(quantized, low_ranks, _other_tensors(student, quantized))
 
 
-def _quantize(
-    model: Any,
-    student: Any,
-    schemes: dict[str, Scheme],
-    ids: NDArray[np.int64],
-    settings: Settings,
-    stages: _Stages,
-    tell: Tell,
-) -> tuple[dict[str, Quantized], dict[str, LowRank]]:
+def _quantize(job: _Job, student: Any) -> tuple[dict[str, Quantized], dict[str, LowRank]]:
     """All that needs no gradient step; `student` wears the result, and the statistics are gone when it returns."""
+    model, schemes, settings, stages, tell = job.model, job.schemes, job.settings, job.stages, job.tell
     adapted = [name for name, scheme in schemes.items() if scheme.adapter_rank]
-    rows = ids[: settings.statistics_rows]
+    rows = job.ids[: settings.statistics_rows]
     statistics = collect(model, rows, adapted, output_rows=settings.output_rows, tell=tell)
     stages.finish("statistics")
-    quantized = dict(layers.nearest(model, schemes, statistics, tell))
+    quantized = dict(layers.nearest(model, schemes, tell))
     layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})
     stages.finish("round-to-nearest", student)
     quantized = dict(layers.compensated(model, schemes, statistics, settings.compensation, tell))
@@ -251,10 +248,11 @@ def _factors(student: Any, name: str) -> LowRank:
     return module.low_rank()
 
 
-def _distill(model: Any, student: Any, ids: NDArray[np.int64], plan: Distillation, state: Path, tell: Tell) -> None:
-    tell(Progress("distill", 0, plan.steps))
-    for step in distill(model, student, ids, plan, state=state):
-        tell(Progress("distill", step.index, plan.steps, f"KL {step.kl:.3f} on synthetic text"))
+def _distill(job: _Job, student: Any, state: Path) -> None:
+    plan = job.settings.distillation
+    job.tell(Progress("distill", 0, plan.steps))
+    for step in distill(job.model, student, job.ids, plan, state=state):
+        job.tell(Progress("distill", step.index, plan.steps, f"KL {step.kl:.3f} on synthetic text"))
 
 
 def _other_tensors(student: Any, quantized: dict[str, Any]) -> dict[str, torch.Tensor]:
