@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlkit.recover import adapter, layers
-from rlkit.recover.atomic import fresh_folder, refuse_existing
+from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing
 from rlkit.recover.checkpoint import Recovered, write_checkpoint
 from rlkit.recover.compensate import Compensation
 from rlkit.recover.correct import LowRank
@@ -114,6 +114,7 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     key = fingerprint(source, recipe, settings) + ("-text" if against else "")  # kept stages say what they measured
     model, tokenizer = load_model(source)
     schemes = resolved_schemes(model, recipe)
+    need_space(out, 4 * sum(parameter.numel() for parameter in model.parameters()))  # the checkpoint and the work on it
     since = time.perf_counter()
     ids = _sample(model, tokenizer, settings.sampling, samples or work, fingerprint(source, None, settings), tell)
     seconds = time.perf_counter() - since

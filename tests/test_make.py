@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,4 +132,21 @@ def test_an_interrupted_export_leaves_nothing(models: Path, tmp_path: Path) -> N
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == ""
     assert err.splitlines()[-1].startswith("interrupted") and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["recover", "hf"], ["export", "checkpoint"]])
+def test_a_full_disk_is_told_before_anything_is_written(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("rlkit.recover.atomic.shutil.disk_usage", lambda _path: free)
+    word, model = command
+    assert cli.run([word, str(models / model), "-o", str(tmp_path / "out"), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "GB free; free some space or choose another folder" in err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
