@@ -37,7 +37,9 @@ def _bars() -> Iterator[Tell]:
 
     what = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(bar_width=24))
     figures = (TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[note]}"))
-    with Bars(*what, *figures, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    # The file as it is now: what redirects sys.stderr meanwhile would otherwise catch the bars, or feed them to itself.
+    screen = Console(file=sys.stderr)
+    with Bars(*what, *figures, TimeElapsedColumn(), TimeRemainingColumn(), console=screen) as bars:
         tasks: dict[str, TaskID] = {}
 
         def tell(event: Progress) -> None:

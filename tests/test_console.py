@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pty
@@ -100,3 +102,20 @@ with console.progress() as tell:
     seen = os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert "distill" in seen and "100%" in seen and "KL end" in seen and "0:00:00" in seen
+
+
+class Terminal(io.StringIO):
+    """A terminal, as far as a program can tell."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_stay_on_the_terminal_when_a_library_is_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, trap = Terminal(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with console.progress() as tell, contextlib.redirect_stderr(trap):
+        tell(Progress("builder", 1, 2))
+        time.sleep(0.3)  # the bars are drawn ten times a second
+    assert trap.getvalue() == ""
+    assert "builder" in terminal.getvalue()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -150,3 +152,23 @@ def test_a_full_disk_is_told_before_anything_is_written(
     out, err = capsys.readouterr()
     assert out == "" and "GB free; free some space or choose another folder" in err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals of POSIX")
+def test_on_a_terminal_export_draws_its_bars_and_ends(models: Path, tmp_path: Path) -> None:
+    """The builder prints and draws bars of its own, which once fed rich's bars to themselves without end."""
+    master, terminal = os.openpty()
+    words = ["export", str(models / "checkpoint"), "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "rlkit.apps.cli", *words]
+    with subprocess.Popen(command, stdin=terminal, stdout=subprocess.DEVNULL, stderr=terminal) as process:
+        os.close(terminal)
+        drawn = b""
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if select.select([master], [], [], 0.2)[0]:
+                with contextlib.suppress(OSError):  # what reading a closed terminal raises
+                    drawn += os.read(master, 65536)
+        process.kill()
+    os.close(master)
+    assert process.returncode == 0
+    assert b"builder" in drawn and b"100%" in drawn
