@@ -113,7 +113,7 @@ class Terminal(io.StringIO):
 
 
 def test_bars_stay_on_the_terminal_when_a_library_is_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal, trap = Terminal(), io.StringIO()
+    terminal, trap = Terminal(), Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     with console.progress() as tell, contextlib.redirect_stderr(trap):
         tell(Progress("builder", 1, 2))
