@@ -36,7 +36,7 @@ def assemble(out: Path, names: Sequence[str], *, text: str, command: str) -> rep
         for size, bundle in zip(sizes, bundles, strict=True)
     ]
     last, accuracies = recoveries[-1], [_accuracy(bundle) for bundle in bundles]
-    exported = report.Stage("exported file", accuracies[-1].divergence, 0.0)
+    exported = report.Stage("exported", accuracies[-1].divergence, 0.0)
     return report.Report(
         model=last["source"]["reference"],
         parameters=last["source"]["parameters"],

@@ -52,24 +52,29 @@ def compensated(
 
 
 def corrected(
-    model: Any, quantized: dict[str, Quantized], statistics: Statistics, settings: Any, tell: Tell
+    model: Any,
+    quantized: dict[str, Quantized],
+    statistics: Statistics,
+    rounds: int,
+    options: Compensation,
+    tell: Tell,
 ) -> Iterator[tuple[str, Quantized, LowRank]]:
-    """Low-rank corrections where the scheme has a rank, alternated with compensation `settings.rounds` times."""
+    """Low-rank corrections where the scheme has a rank, alternated with compensation `rounds` times."""
     schemes = {name: q.scheme for name, q in quantized.items() if q.scheme.adapter_rank}
     weights = {name: linears(model)[name].weight.detach() for name in schemes}
-    done, total = 0, len(schemes) * (settings.rounds + 1)
+    done, total = 0, len(schemes) * (rounds + 1)
     for names in groups(schemes, statistics):
         moment = statistics.inputs[names[0]]
         state = {name: quantized[name] for name in names}
-        for index in range(settings.rounds + 1):
+        for index in range(rounds + 1):
             low_ranks = {}
             for name in names:
                 moments = Moments(moment, statistics.outputs.get(name))
                 error = weights[name] - state[name].dequantize()
                 low_ranks[name] = correct(error, moments, schemes[name].adapter_rank)
-            if index < settings.rounds:
+            if index < rounds:
                 left = torch.cat([weights[name] - low_ranks[name].product() for name in names])
-                state = dict(split(compensate(left, moment, schemes[names[0]], settings.compensation), names, weights))
+                state = dict(split(compensate(left, moment, schemes[names[0]], options), names, weights))
             done += len(names)
             tell(Progress("correct", done, total, names[0]))
         yield from ((name, state[name], low_ranks[name]) for name in names)

@@ -236,7 +236,8 @@ def _quantize(job: _Job, student: Any) -> tuple[dict[str, Quantized], dict[str, 
     stages.finish("compensated", student)
     low_ranks = {}
     if adapted:
-        for name, state, low_rank in layers.corrected(model, quantized, statistics, settings, tell):
+        rounds, options = settings.rounds, settings.compensation
+        for name, state, low_rank in layers.corrected(model, quantized, statistics, rounds, options, tell):
             quantized[name], low_ranks[name] = state, low_rank
         layers.install(student, {name: quantized[name].dequantize() for name in adapted}, low_ranks)
         stages.finish("corrected", student)

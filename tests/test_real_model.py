@@ -46,7 +46,7 @@ def test_each_stage_of_recovery_reaches_its_bar(out: Path) -> None:
     assert kl["compensated"] <= 1.2
     assert kl["corrected"] <= 0.70
     assert kl["distilled"] < kl["corrected"]
-    assert abs(kl["exported file"] - kl["distilled"]) < 0.02
+    assert abs(kl["exported"] - kl["distilled"]) < 0.02
 
 
 def test_divergence_is_measured_on_enough_real_text(out: Path) -> None:
