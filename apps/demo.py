@@ -56,7 +56,7 @@ def demo(
 ) -> None:
     """Make SmolLM2-135M small, recover its accuracy, export it, run it, and say how good, large and fast it is.
 
-    About 10 minutes on 2 cores, 6 GiB of memory, 2 GB of disk; downloads 180 MB once. No account, no text data.
+    About 10 minutes on 2 cores, 5 GiB of memory, 2 GB of disk; downloads 180 MB once. No account, no text data.
 
     Example: rlkit demo
     """
