@@ -26,6 +26,7 @@ from typing import Annotated
 import typer
 
 from rlkit.apps import console, heldout
+from rlkit.apps.results import assemble, bundle_of, checkpoint_of
 from rlkit.recover import assets, source
 from rlkit.recover.atomic import need_space, write_json
 from rlkit.recover.progress import Tell
@@ -86,10 +87,10 @@ def plan(out: Path) -> list[Step]:
         for name in (MODEL, TEXT)
     ]
     for recipe in reversed(RECIPES):
-        made = out / "checkpoints" / recipe
+        made = checkpoint_of(out, recipe)
         steps.append(Step(f"recover {recipe}", made, partial(_recover, out, recipe)))
     for recipe in RECIPES:
-        made = out / "bundles" / recipe
+        made = bundle_of(out, recipe)
         steps.append(Step(f"export {recipe} and measure the file", made, partial(_export, out, recipe)))
     steps.append(Step(f"chat with {RECIPES[-1]}", out / "chat.json", partial(_chat, out), follows=True))
     steps.append(Step("measure this machine", out / "machine.json", partial(_machine, out)))
@@ -139,7 +140,7 @@ def _recover(out: Path, recipe: str, tell: Tell) -> None:
     recovery.recover(
         source.resolve(MODEL, download=True),
         chosen,
-        out / "checkpoints" / recipe,
+        checkpoint_of(out, recipe),
         settings=recovery.Settings() if corrected else recovery.Settings(statistics_rows=128),
         against=held_out.against,
         samples=out / "synthetic",
@@ -150,16 +151,16 @@ def _recover(out: Path, recipe: str, tell: Tell) -> None:
 def _export(out: Path, recipe: str, tell: Tell) -> None:
     from rlkit.export.build import export_bundle
 
-    checkpoint = out / "checkpoints" / recipe
+    checkpoint = checkpoint_of(out, recipe)
     measure = heldout.measure_bundle(_held_out(out), checkpoint, tell)
-    export_bundle(checkpoint, out / "bundles" / recipe, measure=measure, tell=tell)
+    export_bundle(checkpoint, bundle_of(out, recipe), measure=measure, tell=tell)
 
 
 def _chat(out: Path, _tell: Tell) -> None:
     from rlkit.runtime.chat import Chat
     from rlkit.runtime.session import open_session
 
-    bundle = out / "bundles" / RECIPES[-1]
+    bundle = bundle_of(out, RECIPES[-1])
     said = []
     for token in Chat(open_session(bundle)).reply(PROMPT, max_new_tokens=64):
         said.append(token.text)
@@ -176,13 +177,12 @@ def _bench(out: Path, tell: Tell) -> None:
     from rlkit.profiles import bench, worker
 
     work = bench.Plan((PROMPT_TOKENS,), NEW_TOKENS, repeats=7)
-    bundles = [out / "bundles" / recipe for recipe in RECIPES]
+    bundles = [bundle_of(out, recipe) for recipe in RECIPES]
     found = worker.measure_bundles(bundles, work, worker.Setting(), tell)
     write_json(out / "bench.json", [measurement.to_json() for measurement in found])
 
 
 def _report(out: Path, _tell: Tell) -> None:
-    from rlkit.apps.results import assemble
     from rlkit.profiles.render import write_report
 
     held_out = _held_out(out)
@@ -206,4 +206,4 @@ def _conclude(out: Path, json: bool, seconds: float) -> None:
     for line in findings(report):
         console.emit(f"- {line}")
     console.say(f"\n{console.duration(seconds)} in all; the report with plots: {(out / 'report.html').resolve()}")
-    console.say(f"next: rlkit chat {out / f'bundle-{RECIPES[-1]}'}")
+    console.say(f"next: rlkit chat {bundle_of(out, RECIPES[-1])}")

@@ -20,13 +20,23 @@ from rlkit.recover.source import read_json
 PACKAGES = ("rlkit-edge", "torch", "transformers", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
+def checkpoint_of(out: Path, recipe: str) -> Path:
+    """Where a demo in `out` keeps the checkpoint of a recipe."""
+    return out / "checkpoints" / recipe
+
+
+def bundle_of(out: Path, recipe: str) -> Path:
+    """Where a demo in `out` keeps the bundle of a recipe."""
+    return out / "bundles" / recipe
+
+
 def assemble(out: Path, names: Sequence[str], *, text: str, command: str) -> report.Report:
     """Read everything in `out`; `names` are the recipes, the first being what the others are compared with.
 
     The stages told are those of the last recipe.
     """
-    bundles = [out / "bundles" / name for name in names]
-    recoveries = [read_json(out / "checkpoints" / name / "recovery.json") for name in names]
+    bundles = [bundle_of(out, name) for name in names]
+    recoveries = [read_json(checkpoint_of(out, name) / "recovery.json") for name in names]
     measured = [bench.Measurement.from_json(row) for row in _read(out / "bench.json")]
     machine = Machine.from_json(read_json(out / "machine.json"))
     sizes = [read_size(bundle) for bundle in bundles]

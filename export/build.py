@@ -29,7 +29,6 @@ from rlkit.export.plan import EXACT, Plan, plan_inventory
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing
 from rlkit.recover.progress import Progress, Tell, silent
 
-STAGES = ("builder", "graph", "lint", "bundle", "measure")
 _LAYER_LINE = re.compile(r"Reading layer (\d+)")
 _SPARE_NBYTES = 64 * 2**20  # tokenizer, manifests, and the room a file system wants
 

@@ -213,7 +213,8 @@ def _norms(shape: ModelShape, storage: Storage, step: Step) -> list[Operator]:
 def _attention(shape: ModelShape, storage: Storage, step: Step) -> Operator:
     tokens, heads, kv_heads, size = step.new_tokens, shape.heads, shape.kv_heads, shape.head_dim
     pairs = causal_pairs(tokens, step.past_tokens)
-    flops = 4 * heads * size * pairs + 5 * heads * pairs + 3 * tokens * (heads + kv_heads) * size
+    scores = score_flops(shape, pairs) // shape.layers
+    flops = scores + 5 * heads * pairs + 3 * tokens * (heads + kv_heads) * size  # and softmax, rotary embedding
     moved = tokens * 2 * (heads + kv_heads) * size * storage.activation_bits // 8  # q, k, v in; output out
     cache = (step.past_tokens + 2 * tokens) * storage.kv_token_nbytes(shape) // shape.layers  # all read, new written
     return Operator("attention", Kind.ATTENTION, shape.layers, flops, 0, moved, cache)

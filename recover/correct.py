@@ -44,36 +44,37 @@ class Moments:
 def correct(error: torch.Tensor, moments: Moments, rank: int) -> LowRank:
     """The best rank-`rank` approximation of `error` (N, K) in the metric of `moments`."""
     root = torch.linalg.cholesky(damped(moments.input, INPUT_DAMPING))  # (K, K) lower, H = R R^T
-    weighed = _weigh(error @ root, moments.output)
+    factor = None if moments.output is None else _factor(moments.output)
+    weighed = _weigh(error @ root, factor)
     _, vectors = torch.linalg.eigh(weighed.T @ weighed)
     leading = vectors[:, -rank:]  # (K, r)
-    b = _unweigh(weighed @ leading, moments.output)
+    b = _unweigh(weighed @ leading, factor)
     a = torch.linalg.solve_triangular(root.T, leading, upper=True).T
     balance = (b.norm(dim=0) / a.norm(dim=1)).clamp(min=1e-12).sqrt()  # equal norms suit Adam and the 8-bit grid
     return LowRank(a * balance[:, None], b / balance)
 
 
-def _weigh(x: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
-    if output is None:
-        return x
-    weighed: torch.Tensor = _diagonal(output)[:, None] * x if output.dim() == 1 else _root(output).T @ x
-    return weighed
-
-
-def _unweigh(x: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
-    if output is None:
-        return x
+def _factor(output: torch.Tensor) -> torch.Tensor:
+    """Damped square root of G: lower triangular L (N, N) with G = L L^T, or (N,) where G is a diagonal."""
     if output.dim() == 1:
-        return x / _diagonal(output)[:, None]
-    unweighed: torch.Tensor = torch.linalg.solve_triangular(_root(output).T, x, upper=True)
-    return unweighed
-
-
-def _diagonal(output: torch.Tensor) -> torch.Tensor:
-    return (output + OUTPUT_DAMPING * output.mean().clamp(min=1e-20)).sqrt()
-
-
-def _root(output: torch.Tensor) -> torch.Tensor:
+        return (output + OUTPUT_DAMPING * output.mean().clamp(min=1e-20)).sqrt()
     scaled = output / output.diagonal().mean().clamp(min=1e-30)  # gradients are tiny: keep float32 in its range
-    root: torch.Tensor = torch.linalg.cholesky(damped(scaled, OUTPUT_DAMPING))
-    return root
+    factor: torch.Tensor = torch.linalg.cholesky(damped(scaled, OUTPUT_DAMPING))
+    return factor
+
+
+def _weigh(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """L^T x."""
+    if factor is None:
+        return x
+    return factor[:, None] * x if factor.dim() == 1 else factor.T @ x
+
+
+def _unweigh(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """L^-T x."""
+    if factor is None:
+        return x
+    if factor.dim() == 1:
+        return x / factor[:, None]
+    unweighed: torch.Tensor = torch.linalg.solve_triangular(factor.T, x, upper=True)
+    return unweighed

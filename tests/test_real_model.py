@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlkit.apps import demo, heldout
+from rlkit.apps.results import bundle_of, checkpoint_of
 from rlkit.export.build import export_bundle
 from rlkit.profiles import report
 from rlkit.recover.checkpoint import load_checkpoint
@@ -61,7 +62,7 @@ def test_exported_bundles_agree_with_their_checkpoints(out: Path) -> None:
 
 
 def test_without_int8_activations_file_and_checkpoint_are_one(out: Path, tmp_path: Path) -> None:
-    checkpoint = out / "checkpoints" / demo.RECIPES[-1]
+    checkpoint = checkpoint_of(out, demo.RECIPES[-1])
     bundle = export_bundle(checkpoint, tmp_path / "exact", accuracy_level=0)
     model, _tokenizer = load_checkpoint(checkpoint)
     held_out = heldout.HeldOut(Path("unused"), out / "held-out", "unused")
@@ -76,6 +77,13 @@ def test_a_second_call_reuses_every_step(out: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["schema_version"] == report.SCHEMA_VERSION
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_next_step_it_names_is_there(out: Path) -> None:
+    again = rlkit("demo", "-o", str(out), seconds=120)
+    assert again.returncode == 0, again.stderr
+    named = again.stderr.rpartition("next: rlkit chat ")[2].strip()
+    assert (Path(named) / "genai_config.json").is_file()
 
 
 def test_the_bundle_answers_in_stock_genai(out: Path) -> None:
@@ -96,7 +104,7 @@ while not generator.is_done() and count < 16:
     count += 1
 print(tokenizer.decode(generator.get_sequence(0)))
 """
-    command = [sys.executable, "-I", "-c", script, str(out / "bundles" / demo.RECIPES[-1])]
+    command = [sys.executable, "-I", "-c", script, str(bundle_of(out, demo.RECIPES[-1]))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip()) > 20
