@@ -43,6 +43,7 @@ LIGHT_RECOVER = [
     "ggufheader",
     "hub",
     "packing",
+    "placement",
     "progress",
     "recipe",
     "source",
