@@ -40,6 +40,8 @@ COMMANDS = {
     "assets": Command("rlkit.apps.get:assets", "List the named models and texts.", "Models"),
     "pull": Command("rlkit.apps.get:pull", "Download a named model or text, or a model of the hub.", "Models"),
     "inspect": Command("rlkit.apps.get:inspect", "Say what a model is: shape, bits and bytes.", "Models"),
+    "corrupt": Command("rlkit.apps.damage:corrupt", "Damage a model on purpose, to recover it.", "Make"),
+    "synthesize": Command("rlkit.apps.synth:synthesize", "Let a model write text to learn from.", "Make"),
     "recover": Command("rlkit.apps.make:recover", "Quantize a model and recover its accuracy.", "Make"),
     "export": Command("rlkit.apps.make:export", "Turn a checkpoint into an ONNX bundle.", "Make"),
     "run": Command("rlkit.apps.talk:run", "Complete or answer one prompt.", "Use"),
