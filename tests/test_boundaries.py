@@ -36,6 +36,7 @@ CONVERTER = "export/build.py"
 CONVERTER_MAY = {"torch", "transformers", "peft", "huggingface_hub", "onnxruntime_genai"}
 
 LIGHT_RECOVER = [
+    "allocate",
     "assets",
     "atomic",
     "cache",
