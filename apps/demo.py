@@ -86,6 +86,7 @@ def plan(out: Path) -> list[Step]:
         Step(f"pull {name}: {assets.find(name).about}", _cached_path(name), partial(_pull, name))
         for name in (MODEL, TEXT)
     ]
+    steps.append(Step("let the model write text of its own", out / "corpus", partial(_synthesize, out)))
     for recipe in reversed(RECIPES):
         made = checkpoint_of(out, recipe)
         steps.append(Step(f"recover {recipe}", made, partial(_recover, out, recipe)))
@@ -135,17 +136,25 @@ def _recover(out: Path, recipe: str, tell: Tell) -> None:
     from rlkit.recover import recipe as recipes
     from rlkit.recover import recovery
 
-    held_out, chosen = _held_out(out), recipes.load(recipe)
+    chosen = recipes.load(recipe)
     corrected = any(rule.scheme.adapter_rank for rule in chosen.rules)
     recovery.recover(
         source.resolve(MODEL, download=True),
         chosen,
         checkpoint_of(out, recipe),
-        settings=recovery.Settings() if corrected else recovery.Settings(statistics_rows=128),
-        against=held_out.against,
-        samples=out / "synthetic",
+        settings=recovery.Settings(method="full" if corrected else "none"),
+        against=_held_out(out).against,
+        corpus=out / "corpus",
         tell=tell,
     )
+
+
+def _synthesize(out: Path, tell: Tell) -> None:
+    from rlkit.recover.model import fast_dtype, load_model
+    from rlkit.recover.synthesize import Sampling, synthesize
+
+    model, tokenizer = load_model(source.resolve(MODEL, download=True))
+    synthesize(model.to(fast_dtype()), tokenizer, Sampling(), out / "corpus", tell=tell)
 
 
 def _export(out: Path, recipe: str, tell: Tell) -> None:

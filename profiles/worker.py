@@ -20,28 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from rlkit.profiles.bench import Generate, Measurement, Plan, Subject, measure
 from rlkit.profiles.bundle import read_size
+from rlkit.recover.memory import peak_nbytes
 from rlkit.recover.progress import Tell, silent
-
-
-def peak_nbytes() -> int | None:
-    """The largest resident memory this process has had; None where the system does not say."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not getrusage: what it reports survives exec, so a small child of a large parent would look large.
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "darwin":
-        import resource
-
-        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return None
 
 
 def answer(generate: Generate, lines: Iterable[str], say: Callable[[dict[str, Any]], None], threads: int = 0) -> None:

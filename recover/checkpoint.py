@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from rlkit.recover.contents import read_safetensors_header
 from rlkit.recover.correct import LowRank
 from rlkit.recover.model import quiet_transformers
 from rlkit.recover.quantize import Quantized
-from rlkit.recover.recipe import Recipe
+from rlkit.recover.recipe import Recipe, Scheme
 
 SCHEMA_VERSION = 1
 
@@ -37,7 +38,7 @@ SCHEMA_VERSION = 1
 class Recovered:
     """Everything a checkpoint holds: by module name the quantized weights and corrections, and all other tensors."""
 
-    quantized: dict[str, Quantized]
+    quantized: Mapping[str, Quantized]
     low_ranks: dict[str, LowRank]
     tensors: dict[str, torch.Tensor]
 
@@ -47,8 +48,9 @@ def write_checkpoint(
 ) -> None:
     """Write the files into the existing, empty `folder` (see atomic.fresh_folder)."""
     tensors: dict[str, torch.Tensor] = {name: tensor.contiguous() for name, tensor in recovered.tensors.items()}
-    for name, quantized in recovered.quantized.items():
-        bits = quantized.scheme.bits
+    schemes: dict[str, Scheme] = {}
+    for name, quantized in recovered.quantized.items():  # read from disk one by one, where they are many
+        schemes[name], bits = quantized.scheme, quantized.scheme.bits
         tensors[f"{name}.qweight"] = torch.from_numpy(packing.pack(quantized.codes.numpy(), bits))
         tensors[f"{name}.scales"] = quantized.scales.contiguous()
         tensors[f"{name}.qzeros"] = torch.from_numpy(packing.pack(quantized.zeros.numpy(), bits))
@@ -60,7 +62,7 @@ def write_checkpoint(
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(recovered.quantized)
+    config["quantization_config"] = quantization_config(schemes)
     write_json(folder / "config.json", config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if recovered.low_ranks:
@@ -69,16 +71,16 @@ def write_checkpoint(
     write_json(folder / "recovery.json", {"schema_version": SCHEMA_VERSION, **recovery})
 
 
-def quantization_config(quantized: dict[str, Quantized]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     """The `quantization_config` of config.json: the most common bits and group globally, the rest as overrides."""
-    kinds = Counter((q.scheme.bits, q.scheme.group) for q in quantized.values())
+    kinds = Counter((scheme.bits, scheme.group) for scheme in schemes.values())
     bits, group = kinds.most_common(1)[0][0]
     overrides = {
-        name: {"bits": q.scheme.bits, "group_size": q.scheme.group}
-        for name, q in quantized.items()
-        if (q.scheme.bits, q.scheme.group) != (bits, group)
+        name: {"bits": scheme.bits, "group_size": scheme.group}
+        for name, scheme in schemes.items()
+        if (scheme.bits, scheme.group) != (bits, group)
     }
-    symmetric = all(q.scheme.symmetric for q in quantized.values())
+    symmetric = all(scheme.symmetric for scheme in schemes.values())
     return {
         "quant_method": "olive",
         "bits": bits,

@@ -1,159 +1,181 @@
-"""Each stage of recovery over all linears of a model, as generators of (module name, result); a model that wears them.
+"""What is done to one layer of the sweep: its linears quantized, corrected, and a line for the log.
 
-Linears that share their input (gate and up) are quantized as one stacked matrix, which halves the number of small
-steps.
+Linears that share their input and scheme (gate and up) are quantized as one stacked matrix, which halves the number of
+small steps; large matrices (lm_head) go in blocks of rows, since rows do not depend on each other.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from rlkit.recover.adapter import AdaptedLinear
-from rlkit.recover.compensate import Compensation, compensate
 from rlkit.recover.correct import LowRank, Moments, correct
 from rlkit.recover.model import linears
-from rlkit.recover.progress import Progress, Tell
-from rlkit.recover.quantize import Quantized, quantize_nearest
+from rlkit.recover.quantize import Quantized
+from rlkit.recover.quantizers import Quantizer, equalize
 from rlkit.recover.recipe import Scheme
-from rlkit.recover.statistics import Statistics
+from rlkit.recover.sweep import HEAD, LayerMoments
 
 HEAD_DAMPING = 0.1  # a tied lm_head is the embedding too, where every input counts alike: a rounder metric serves both
+BLOCK = 2**25  # weights quantized at a time: 128 MiB in float32
 
 
-def nearest(model: Any, schemes: dict[str, Scheme], tell: Tell) -> Iterator[tuple[str, Quantized]]:
-    """Round-to-nearest of every matrix."""
-    modules = linears(model)
-    for index, (name, scheme) in enumerate(schemes.items(), start=1):
-        yield name, quantize_nearest(modules[name].weight, scheme)
-        tell(Progress("round-to-nearest", index, len(schemes), name))
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What to do to every layer: schemes and adapter ranks by full module name, the quantizer, alternation rounds.
+
+    `rounds` counts how often quantization is repeated on what the correction leaves over; None makes no correction.
+    """
+
+    schemes: Mapping[str, Scheme]
+    ranks: Mapping[str, int]
+    quantizer: Quantizer
+    rounds: int | None
 
 
-def compensated(
-    model: Any, schemes: dict[str, Scheme], statistics: Statistics, options: Compensation, tell: Tell
-) -> Iterator[tuple[str, Quantized]]:
-    """Every matrix with error compensation against its input's second moment."""
-    weights = {name: linears(model)[name].weight for name in schemes}
-    done = 0
-    for names in groups(schemes, statistics):
-        first = names[0]
-        damping = max(options.damping, HEAD_DAMPING) if first == "lm_head" else options.damping
-        stacked = torch.cat([weights[name] for name in names])
-        settings = Compensation(damping, options.rounds)
-        yield from split(compensate(stacked, statistics.inputs[first], schemes[first], settings), names, weights)
-        done += len(names)
-        tell(Progress("compensate", done, len(schemes), first))
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """A layer's outcome by full module name; `others` are norms and biases that equalization changed."""
+
+    prefix: str
+    quantized: dict[str, Quantized]
+    corrected: dict[str, tuple[Quantized, LowRank]]
+    others: dict[str, torch.Tensor]
+    log: dict[str, Any] = field(default_factory=dict)
 
 
-def corrected(
-    model: Any,
-    quantized: dict[str, Quantized],
-    statistics: Statistics,
-    rounds: int,
-    options: Compensation,
-    tell: Tell,
-) -> Iterator[tuple[str, Quantized, LowRank]]:
-    """Low-rank corrections where the scheme has a rank, alternated with compensation `rounds` times."""
-    schemes = {name: q.scheme for name, q in quantized.items() if q.scheme.adapter_rank}
-    weights = {name: linears(model)[name].weight.detach() for name in schemes}
-    done, total = 0, len(schemes) * (rounds + 1)
-    for names in groups(schemes, statistics):
-        moment = statistics.inputs[names[0]]
-        state = {name: quantized[name] for name in names}
-        for index in range(rounds + 1):
-            low_ranks = {}
-            for name in names:
-                moments = Moments(moment, statistics.outputs.get(name))
-                error = weights[name] - state[name].dequantize()
-                low_ranks[name] = correct(error, moments, schemes[name].adapter_rank)
-            if index < rounds:
-                left = torch.cat([weights[name] - low_ranks[name].product() for name in names])
-                state = dict(split(compensate(left, moment, schemes[names[0]], options), names, weights))
-            done += len(names)
-            tell(Progress("correct", done, total, names[0]))
-        yield from ((name, state[name], low_ranks[name]) for name in names)
+@torch.no_grad()
+def treat(moments: LayerMoments, treatment: Treatment) -> LayerState:
+    """Quantize and correct a layer. Consumes `moments`: equalization changes them in place."""
+    began = time.perf_counter()
+    names = [name for name in linears(moments.layer) if moments.full(name) in treatment.schemes]
+    schemes = {name: treatment.schemes[moments.full(name)] for name in names}
+    others: dict[str, torch.Tensor] = {}
+    if treatment.quantizer.equalize and moments.prefix:
+        equalize(moments.layer, moments.inputs, moments.outputs, schemes)
+        others = _others(moments, names)
+    quantized: dict[str, Quantized] = {}
+    corrected: dict[str, tuple[Quantized, LowRank]] = {}
+    for group in _groups(schemes, moments.inputs):
+        quantized |= _quantize(moments, group, schemes, treatment, {})
+        if treatment.rounds is not None:
+            corrected |= _correct(moments, group, schemes, treatment, quantized)
+    log = {"layer": moments.prefix or HEAD, "modules": _log(moments, schemes, quantized, corrected)}
+    log["seconds"] = round(time.perf_counter() - began, 2)
+    full = moments.full
+    return LayerState(
+        moments.prefix,
+        {full(name): state for name, state in quantized.items()},
+        {full(name): pair for name, pair in corrected.items()},
+        others,
+        log,
+    )
 
 
-def groups(schemes: dict[str, Scheme], statistics: Statistics) -> Iterator[list[str]]:
+def _others(moments: LayerMoments, quantized: list[str]) -> dict[str, torch.Tensor]:
+    """Everything of the layer that is not a quantized matrix."""
+    matrices = {f"{name}.weight" for name in quantized}
+    state = moments.layer.state_dict()
+    return {moments.full(name): tensor.clone() for name, tensor in state.items() if name not in matrices}
+
+
+def _groups(schemes: dict[str, Scheme], inputs: dict[str, torch.Tensor]) -> Iterator[list[str]]:
     """Modules that share input moment and scheme, together."""
     together: dict[tuple[int, Scheme], list[str]] = {}
     for name, scheme in schemes.items():
-        together.setdefault((id(statistics.inputs[name]), scheme), []).append(name)
+        together.setdefault((id(inputs[name]), scheme), []).append(name)
     yield from together.values()
 
 
-def split(stacked: Quantized, names: list[str], weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, Quantized]]:
+def _quantize(
+    moments: LayerMoments,
+    names: list[str],
+    schemes: dict[str, Scheme],
+    treatment: Treatment,
+    low_ranks: dict[str, LowRank],
+) -> dict[str, Quantized]:
+    """The stacked matrices of `names`, less the corrections they have already, on their grids."""
+    weights = {name: moments.layer.get_submodule(name).weight for name in names}
+    moment, scheme = moments.inputs[names[0]], schemes[names[0]]
+    if HEAD in names:
+        moment = moment + torch.diag(torch.full_like(moment.diagonal(), HEAD_DAMPING * float(moment.diagonal().mean())))
+    left = [w - low_ranks[name].product() if name in low_ranks else w for name, w in weights.items()]
+    stacked = torch.cat(left) if len(left) > 1 else left[0]
+    parts = [
+        treatment.quantizer.quantize(rows.float(), moment, scheme)
+        for rows in stacked.split(max(1, BLOCK // stacked.shape[1]))
+    ]
+    whole = parts[0]
+    if len(parts) > 1:
+        whole = Quantized(*(torch.cat([getattr(part, key) for part in parts]) for key in PARTS), scheme)
+    return dict(_split(whole, weights))
+
+
+PARTS = ("codes", "scales", "zeros")
+
+
+def _split(stacked: Quantized, weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Quantized]]:
     """Undo the stacking of rows."""
     start = 0
-    for name in names:
-        rows = slice(start, start + len(weights[name]))
-        yield name, Quantized(stacked.codes[rows], stacked.scales[rows], stacked.zeros[rows], stacked.scheme)
+    for name, weight in weights.items():
+        rows = slice(start, start + len(weight))
+        yield name, replace(stacked, **{key: getattr(stacked, key)[rows] for key in PARTS})
         start = rows.stop
 
 
-@torch.no_grad()
-def install(student: Any, weights: dict[str, torch.Tensor], low_ranks: dict[str, LowRank]) -> None:
-    """Put float weights, corrections added, into the plain linears of `student`."""
-    modules = linears(student)
-    for name, weight in weights.items():
-        modules[name].weight.copy_(weight + low_ranks[name].product() if name in low_ranks else weight)
+def _correct(
+    moments: LayerMoments,
+    names: list[str],
+    schemes: dict[str, Scheme],
+    treatment: Treatment,
+    quantized: dict[str, Quantized],
+) -> dict[str, tuple[Quantized, LowRank]]:
+    """Low-rank corrections where there is a rank, alternated with quantization of what they leave over."""
+    ranks = {name: treatment.ranks.get(moments.full(name), 0) for name in names}
+    names = [name for name in names if ranks[name]]
+    if not names:
+        return {}
+    states = {name: quantized[name] for name in names}
+    rounds = treatment.rounds or 0
+    low_ranks: dict[str, LowRank] = {}
+    for index in range(rounds + 1):
+        for name in names:
+            weight = moments.layer.get_submodule(name).weight
+            metric = Moments(moments.inputs[name], moments.outputs.get(name))
+            low_ranks[name] = correct(weight - states[name].dequantize(), metric, ranks[name])
+        if index < rounds:
+            states = _quantize(moments, names, schemes, treatment, low_ranks)
+    return {name: (states[name], low_ranks[name]) for name in names}
 
 
-def adapt(student: Any, weights: dict[str, torch.Tensor], low_ranks: dict[str, LowRank], dtype: torch.dtype) -> None:
-    """Make `student` trainable: corrected linears become AdaptedLinear, their matrices in `dtype`."""
-    for name, module in linears(student).items():
-        if name in low_ranks:
-            parent, _, last = name.rpartition(".")
-            setattr(student.get_submodule(parent), last, AdaptedLinear(module, weights[name], low_ranks[name], dtype))
-
-
-@torch.no_grad()
-def uninstall(student: Any, weights: dict[str, torch.Tensor], low_ranks: dict[str, LowRank]) -> None:
-    """The inverse of `adapt`: plain float32 linears with the given weights and corrections."""
-    for name, low_rank in low_ranks.items():
-        parent, _, last = name.rpartition(".")
-        old = student.get_submodule(name)
-        n, k = weights[name].shape
-        plain = torch.nn.Linear(k, n, bias=old.bias is not None)
-        plain.weight.copy_(weights[name] + low_rank.product())
-        if old.bias is not None:
-            plain.bias.copy_(old.bias)
-        setattr(student.get_submodule(parent), last, plain.requires_grad_(False))
-
-
-def save_state(
-    path: Path, quantized: dict[str, Quantized], low_ranks: dict[str, LowRank], rows: list[dict[str, Any]]
-) -> None:
-    """Keep the corrected state so that an interrupted run need not repeat it."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, q in quantized.items():
-        tensors |= {f"{name}.codes": q.codes.contiguous(), f"{name}.scales": q.scales.contiguous()}
-        tensors[f"{name}.zeros"] = q.zeros.contiguous()
-    for name, low_rank in low_ranks.items():
-        tensors |= {f"{name}.a": low_rank.a.contiguous(), f"{name}.b": low_rank.b.contiguous()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path.with_suffix(".part"), metadata={"stages": json.dumps(rows)})
-    path.with_suffix(".part").replace(path)
-
-
-def load_state(
-    path: Path, schemes: dict[str, Scheme]
-) -> tuple[dict[str, Quantized], dict[str, LowRank], list[dict[str, Any]]]:
-    """What `save_state` kept."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        rows: list[dict[str, Any]] = json.loads(file.metadata()["stages"])
-    quantized = {
-        name: Quantized(tensors[f"{name}.codes"], tensors[f"{name}.scales"], tensors[f"{name}.zeros"], scheme)
-        for name, scheme in schemes.items()
-    }
-    low_ranks = {
-        name: LowRank(tensors[f"{name}.a"], tensors[f"{name}.b"]) for name in schemes if f"{name}.a" in tensors
-    }
-    return quantized, low_ranks, rows
+def _log(
+    moments: LayerMoments,
+    schemes: dict[str, Scheme],
+    quantized: dict[str, Quantized],
+    corrected: dict[str, tuple[Quantized, LowRank]],
+) -> dict[str, Any]:
+    """Per module: bits, group, rank, output error relative to the output, and the forecast of its share of the KL."""
+    rows: dict[str, Any] = {}
+    for name, scheme in schemes.items():
+        weight = moments.layer.get_submodule(name).weight
+        if weight.numel() > BLOCK:
+            rows[name] = {"bits": scheme.bits, "group": scheme.group}
+            continue
+        state, low_rank = corrected.get(name, (quantized[name], None))
+        error = weight.float() - state.dequantize()
+        if low_rank is not None:
+            error = error - low_rank.product()
+        moment, gradient = moments.inputs[name], moments.outputs.get(name)
+        spread = error @ moment  # (N, K)
+        whole = float(((weight.float() @ moment) * weight).sum())
+        row = {"bits": scheme.bits, "group": scheme.group, "rank": 0 if low_rank is None else low_rank.a.shape[0]}
+        row["output_error"] = round(float((spread * error).sum()) / max(whole, 1e-30), 6)
+        if gradient is not None:
+            weighed = gradient @ error if gradient.dim() == 2 else gradient[:, None] * error
+            row["kl_forecast"] = round(float((spread * weighed).sum()) / 2, 6)
+        rows[name] = row
+    return rows

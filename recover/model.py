@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,14 @@ def logits_fn(model: Any) -> Any:
 def linears(model: Any) -> dict[str, torch.nn.Linear]:
     """Every linear by module name, lm_head included, in forward order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+@torch.no_grad()
+def set_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Overwrite the matrices (N, K) of plain linears, by module name, one at a time."""
+    modules = linears(model)
+    for name, weight in weights:
+        modules[name].weight.copy_(weight)
 
 
 def fast_dtype() -> torch.dtype:

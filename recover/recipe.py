@@ -2,6 +2,8 @@
 
     schema_version = 1
     name = "w4w2-gateup"
+    method = "full"                        # how accuracy is recovered, unless told otherwise; may be left out
+    quantizer = "gptq"                     # how codes are chosen, unless told otherwise; may be left out
     [[rule]]
     match = ["*.gate_proj", "*.up_proj"]   # shell patterns over module names
     bits = 2
@@ -9,7 +11,8 @@
     symmetric = false                      # false: integer zero point per group
     adapter_rank = 32                      # low-rank correction kept beside the quantized weight; 0 = none
 
-A module that no rule matches, or whose rule says bits = 16, stays as it is.
+A module that no rule matches, or whose rule says bits = 16, stays as it is; with a rank of its own it is trained too
+and the result folded into its weight.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ SCHEMA_VERSION = 1
 BITS = (2, 4, 8, 16)
 GROUPS = (32, 64, 128)
 NAMED = ("w4", "w4w2-gateup", "w8")
+METHODS = ("none", "recover-lora", "scales", "corrected", "full")  # what they are: methods.py
+QUANTIZERS = ("nearest", "search", "hqq", "gptq", "gptq-act-order", "awq")  # what they are: quantizers.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +79,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """An ordered list of rules with a name."""
+    """An ordered list of rules with a name; an empty method or quantizer leaves the choice to the caller."""
 
     name: str
     rules: tuple[Rule, ...]
     description: str = ""
+    method: str = ""
+    quantizer: str = ""
 
     def scheme_for(self, module: str) -> Scheme | None:
         """The scheme of the first matching rule; None if none matches or it says 16 bits."""
@@ -87,10 +94,16 @@ class Recipe:
                 return None if rule.scheme.bits == 16 else rule.scheme
         return None
 
+    def rank_for(self, module: str) -> int:
+        """The adapter rank of the first matching rule; 0 if none matches."""
+        return next((rule.scheme.adapter_rank for rule in self.rules if rule.matches(module)), 0)
+
     def to_toml(self) -> str:
         """This recipe as TOML that `parse` reads back to an equal value."""
         lines = [f"schema_version = {SCHEMA_VERSION}", f"name = {_quoted(self.name)}"]
         lines.append(f"description = {_quoted(self.description)}")
+        chosen = {"method": self.method, "quantizer": self.quantizer}
+        lines += [f"{key} = {_quoted(value)}" for key, value in chosen.items() if value]
         for rule in self.rules:
             scheme = rule.scheme
             patterns = ", ".join(_quoted(pattern) for pattern in rule.match)
@@ -127,16 +140,21 @@ def parse(text: str, *, where: str = "recipe") -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{where} is not valid TOML: {error}") from error
     reader = _Reader(text, where)
-    reader.known(table, {"schema_version", "name", "description", "rule"}, section=0)
+    reader.known(table, {"schema_version", "name", "description", "method", "quantizer", "rule"}, section=0)
     if table.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         reader.fail("schema_version", 0, f"this rlkit reads version {SCHEMA_VERSION}")
     rules = table.get("rule", [])
     if not (isinstance(rules, list) and rules and all(isinstance(rule, dict) for rule in rules)):
         reader.fail("rule", 0, "a recipe needs at least one [[rule]]")
-    name, description = table.get("name", Path(where).stem), table.get("description", "")
-    if not isinstance(name, str) or not isinstance(description, str):
-        reader.fail("name", 0, "name and description are strings")
-    return Recipe(name, tuple(_rule(reader, rule, i + 1) for i, rule in enumerate(rules)), description)
+    words = {"name": Path(where).stem, "description": "", "method": "", "quantizer": ""}
+    words = {key: table.get(key, default) for key, default in words.items()}
+    for key, value in words.items():
+        if not isinstance(value, str):
+            reader.fail(key, 0, f"{key} is a string, not {value!r}")
+    for key, known in {"method": METHODS, "quantizer": QUANTIZERS}.items():
+        if words[key] and words[key] not in known:
+            reader.fail(key, 0, f"{key} {words[key]!r} is not known; there are {', '.join(known)}")
+    return Recipe(rules=tuple(_rule(reader, rule, i + 1) for i, rule in enumerate(rules)), **words)
 
 
 _TYPES: dict[str, type] = {"bits": int, "group": int, "symmetric": bool, "adapter_rank": int}

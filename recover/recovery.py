@@ -1,49 +1,52 @@
-"""The act of recovery, stage by stage: source model -> quantized, corrected, distilled -> checkpoint folder.
+"""The act of recovery: source model -> a method's steps on a workbench -> checkpoint folder.
 
-    synthesize      sequences sampled from the model itself
-    statistics      second moments of inputs and output gradients, from one pass over some of them
-    round-to-nearest  the floor, measured and thrown away
-    compensated     codes chosen with error compensation
-    corrected       low-rank corrections, alternated with compensation
-    distilled       corrections and norms trained towards the original's logits
+    synthesize         sequences sampled from the model itself, with what it thought of them (or a corpus made before)
+    layers             moments, codes and corrections, layer by layer
+    round-to-nearest   the floor, measured and thrown away
+    compensated        the quantizer's codes (the stage is named after the quantizer where it is another one)
+    corrected          with low-rank corrections, alternated with the codes
+    distilled          adapters, scales and norms trained towards the original's distributions
 
-After each stage the caller's measure is asked for the divergence to the original model. Long work lies in
-a folder beside the output until the checkpoint is complete, so that the same call continues after a kill.
+After each stage from the floor on the caller's measure is asked for the divergence to the original model. Long work
+lies in a folder beside the output until the checkpoint is complete, so that the same call continues after a kill.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from rlkit.recover import adapter, layers
+from rlkit.recover import methods, placement, quantizers
+from rlkit.recover.allocate import Budget
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing
-from rlkit.recover.checkpoint import Recovered, write_checkpoint
-from rlkit.recover.compensate import Compensation
-from rlkit.recover.correct import LowRank
-from rlkit.recover.distill import Distillation, distill
+from rlkit.recover.checkpoint import write_checkpoint
+from rlkit.recover.corpus import Corpus
+from rlkit.recover.distill import Distillation
+from rlkit.recover.memory import peak_nbytes
 from rlkit.recover.model import fast_dtype, linears, load_model, logits_fn
-from rlkit.recover.progress import Progress, Tell, silent
-from rlkit.recover.quantize import Quantized
+from rlkit.recover.placement import Placement
+from rlkit.recover.progress import Tell, silent
 from rlkit.recover.recipe import Recipe, Scheme
+from rlkit.recover.sensitivity import Auto, auto_recipe
+from rlkit.recover.sensitivity import Work as SearchWork
 from rlkit.recover.source import Source
-from rlkit.recover.statistics import collect
+from rlkit.recover.stages import Measure, Stages, corpus_measure
+from rlkit.recover.sweep import HEAD, Rows
 from rlkit.recover.synthesize import Sampling, synthesize
+from rlkit.recover.team import Team
+from rlkit.recover.workbench import Amounts, Text, Workbench
 
-Measure = Callable[[Any], dict[str, Any]]  # LogitsFn -> JSON object with at least "kl_mean"
 Against = Callable[[Any, Callable[[str], list[int]]], Measure]  # the original's LogitsFn and tokenizer -> Measure
 HELD_OUT_ROWS = 8
 ATTENTION_INPUTS = (".q_proj", ".k_proj", ".v_proj")
@@ -51,13 +54,13 @@ ATTENTION_INPUTS = (".q_proj", ".k_proj", ".v_proj")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How much of everything: sampled text, rows for input and output moments, alternation rounds, training steps."""
+    """How to recover. An empty method, quantizer or placement leaves it to the recipe, then to the default."""
 
+    method: str = ""
+    quantizer: str = ""
+    adapters: tuple[Placement, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
-    statistics_rows: int = 256
-    output_rows: int = 64
-    rounds: int = 4
-    compensation: Compensation = field(default_factory=Compensation)
+    amounts: Amounts = field(default_factory=Amounts)
     distillation: Distillation = field(default_factory=Distillation)
 
     def __post_init__(self) -> None:
@@ -66,227 +69,213 @@ class Settings:
                 f"sequences = {self.sampling.sequences} leaves none to learn from; use more than {HELD_OUT_ROWS}, "
                 "which are held out"
             )
-        if min(self.statistics_rows, self.output_rows) < 1 or self.rounds < 0:
-            raise ValueError(
-                f"statistics_rows = {self.statistics_rows} and output_rows = {self.output_rows} must be at least 1, "
-                f"rounds = {self.rounds} at least 0"
-            )
 
-
-class _Stages:
-    """The log of finished stages: name, wall seconds since the one before, divergence to the original."""
-
-    def __init__(self, measure: Measure, since: float) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._measure, self._since = measure, since
-
-    def finish(self, name: str, model: Any = None) -> None:
-        """Close a stage; with a model, measure it (which counts as no stage's time)."""
-        seconds = time.perf_counter() - self._since
-        divergence = self._measure(logits_fn(model)) if model is not None else None
-        self.rows.append({"stage": name, "seconds": round(seconds, 2), "divergence": divergence})
-        gc.collect()  # models hold cycles: without this, copies that are done with stay for a while
-        self._since = time.perf_counter()
+    def under(self, recipe: Recipe) -> Settings:
+        """These settings with every gap filled, the recipe's wishes first."""
+        method = methods.find(self.method or recipe.method or "full")
+        quantizer = quantizers.find(self.quantizer or recipe.quantizer or method.quantizer)
+        return replace(self, method=method.name, quantizer=quantizer.name)
 
 
 def recover(  # noqa: PLR0913, a job and where its parts lie
     source: Source,
-    recipe: Recipe,
+    recipe: Recipe | Budget,
     out: Path,
     *,
     settings: Settings | None = None,
     against: Against | None = None,
-    samples: Path | None = None,
+    corpus: Path | None = None,
+    team: Team | None = None,
     force: bool = False,
     tell: Tell = silent,
 ) -> Path:
-    """Make the checkpoint folder `out` and return it.
+    """Make the checkpoint folder `out` and return it; a Budget instead of a recipe has the recipe found first.
 
     `against` is called once with the original's LogitsFn and its tokenizer, and returns what measures every stage;
-    without it the divergence is taken on synthetic sequences that nothing else uses. The sampled text is kept in
-    `samples` for other calls, or goes with the rest of the work when this one is complete.
+    without it the divergence is taken on rows of the corpus that nothing else uses. `corpus` is a folder that
+    synthesize or score made; without one, text is sampled for this call alone.
 
-    Raises ValueError for a source or recipe that cannot be used, FileExistsError if `out` exists and not `force`.
+    Raises ValueError for a source, recipe or corpus that cannot be used, FileExistsError if `out` exists and not
+    `force`.
     """
-    settings = settings or Settings()
+    settings, team = settings or Settings(), team or Team()
     refuse_existing(out, force=force)
     work = out.with_name(f".{out.name}.work")
-    key = fingerprint(source, recipe, settings) + ("-text" if against else "")  # kept stages say what they measured
     model, tokenizer = load_model(source)
-    schemes = resolved_schemes(model, recipe)
+    if isinstance(recipe, Recipe):  # a bad one is told before any work
+        _parts(model, recipe, settings)
+    check_weights(model)
     need_space(out, 4 * sum(parameter.numel() for parameter in model.parameters()))  # the checkpoint and the work on it
-    since = time.perf_counter()
-    ids = _sample(model, tokenizer, settings.sampling, samples or work, fingerprint(source, None, settings), tell)
-    seconds = time.perf_counter() - since
-    train, held_out = ids[HELD_OUT_ROWS:], ids[:HELD_OUT_ROWS]
-    measure = against(logits_fn(model), tokenizer.encode) if against else _synthetic_measure(model, held_out)
-    stages = _Stages(measure, time.perf_counter() - seconds)
-    stages.finish("synthesize")
-    recovered = _recover(_Job(model, schemes, train, settings, stages, tell), work / key)
-    facts = {
-        "source": _source_facts(source, model),
-        "settings": asdict(settings),
-        "stages": stages.rows,
-        "measured_on": "held-out text" if against else f"{HELD_OUT_ROWS} held-out synthetic sequences",
-        "synthetic_tokens": int(ids.size),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-    }
-    with fresh_folder(out, force=force) as folder:
-        write_checkpoint(folder, recovered, model, tokenizer, recipe, facts)
-    shutil.rmtree(work, ignore_errors=True)
+    began = time.perf_counter()
+    text = _text(model, tokenizer, settings.sampling, corpus or work / _key(source, settings.sampling), team, tell)
+    seconds, found = time.perf_counter() - began, None
+    if not isinstance(recipe, Recipe):
+        found = _search(model, text, settings.amounts, recipe, work / _key(source, text.corpus.facts), team, tell)
+        recipe = found.recipe
+    settings = settings.under(recipe)
+    place = work / (
+        _key(source, recipe.to_toml(), settings_json(settings), text.corpus.facts) + "-text" * bool(against)
+    )
+    stages = Stages(_measure(model, tokenizer, text, against, team), place / "stages.json")
+    if team.main and not stages.finished("synthesize"):
+        stages.note("synthesize", seconds)
+    schemes, ranks = _parts(model, recipe, settings)
+    bench = Workbench(
+        model=model,
+        schemes=schemes,
+        ranks=ranks,
+        quantizer=quantizers.find(settings.quantizer),
+        text=text,
+        amounts=settings.amounts,
+        distillation=settings.distillation,
+        work=place,
+        stages=stages,
+        team=team,
+        tell=tell,
+    )
+    methods.find(settings.method).run(bench)
+    if team.main:
+        facts = {"source": source_facts(source, model), **_facts(bench, settings, measured_on_text=against is not None)}
+        if found is not None:
+            facts["auto"] = {"rows": found.rows, "figures": found.figures}
+        with fresh_folder(out, force=force) as folder:
+            write_checkpoint(folder, bench.outcome(), model, tokenizer, recipe, facts)
+    team.wait()  # the others must not read what is removed now
+    if team.main:
+        shutil.rmtree(work, ignore_errors=True)
     return out
 
 
-def fingerprint(source: Source, recipe: Recipe | None, settings: Settings) -> str:
-    """A short key of everything that decides the result, so that kept work is only reused for the same job."""
-    parts = [source.file] if source.file.is_file() else sorted(source.path.glob("*.safetensors"))
-    files = [*parts, *source.path.glob("config.json")]
+def _parts(model: Any, recipe: Recipe, settings: Settings) -> tuple[dict[str, Scheme], dict[str, int]]:
+    """Schemes and ranks by module name."""
+    return resolved_schemes(model, recipe), resolved_ranks(model, recipe, settings.under(recipe))
+
+
+def _search(model: Any, text: Text, amounts: Amounts, budget: Budget, folder: Path, team: Team, tell: Tell) -> Auto:
+    """The best recipe within a budget, measured on rows of the corpus; every process finds the same."""
+    ids = text.corpus.ids
+    rows = Rows(ids[text.train[: amounts.statistics_rows]], amounts.output_rows)
+    work = SearchWork(rows, ids[text.held_out], folder)
+    if team.main:
+        found = auto_recipe(model, work, budget, tell=tell)
+    team.wait()
+    return found if team.main else auto_recipe(model, work, budget)  # from the folder, which takes seconds
+
+
+def _facts(bench: Workbench, settings: Settings, *, measured_on_text: bool) -> dict[str, Any]:
+    """What recovery.json says of the job, beside its source."""
+    corpus = bench.text.corpus
+    synthetic = (
+        f"{len(bench.text.held_out)} held-out rows of the corpus, their {corpus.top_k} likeliest tokens and the rest"
+    )
+    return {
+        "settings": settings_json(settings),
+        "stages": bench.stages.rows,
+        "layers": bench.layers(),
+        "measured_on": "held-out text" if measured_on_text else synthetic,
+        "corpus": corpus.facts,
+        "synthetic_tokens": int(corpus.ids.size),
+        "peak_nbytes": peak_nbytes(),
+        "processes": bench.team.size,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+    }
+
+
+def settings_json(settings: Settings) -> dict[str, Any]:
+    """The settings as plain JSON values."""
+    return asdict(settings) | {"adapters": placement.to_text(settings.adapters)}
+
+
+def _key(source: Source, *parts: Any) -> str:
+    """A short key of everything that decides a result, so that kept work is only reused for the same job."""
+    files = [source.file] if source.file.is_file() else sorted(source.path.glob("*.safetensors"))
+    files = [*files, *source.path.glob("config.json")]
     stamp = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    what = asdict(settings) if recipe else asdict(settings.sampling)
-    text = json.dumps([stamp, recipe.to_toml() if recipe else "", what], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    plain = [asdict(part) if isinstance(part, Sampling) else part for part in parts]
+    return hashlib.sha256(json.dumps([stamp, plain], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def resolved_schemes(model: Any, recipe: Recipe) -> dict[str, Scheme]:
-    """The scheme of every linear that the recipe quantizes, its group fitted to the matrix.
+    """The scheme of every linear that the recipe quantizes, its group fitted to the matrix, without its rank.
 
-    Raises ValueError if q, k and v of a layer differ in bits or group, as export packs them into one matrix; or if
-    lm_head is to have a correction, as the loss is taken right behind its frozen weight.
+    Raises ValueError if no group fits, or if q, k and v of a layer differ in bits or group, as export packs them into
+    one matrix.
     """
     schemes = {}
     for name, module in linears(model).items():
         scheme = recipe.scheme_for(name)
         if scheme is not None:
             try:
-                schemes[name] = scheme.resolve(module.in_features)
+                schemes[name] = replace(scheme.resolve(module.in_features), adapter_rank=0)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     if not schemes:
         raise ValueError(
             f"recipe {recipe.name} matches no linear of this model; its patterns name modules like '*_proj'"
         )
-    _check_schemes(schemes)
-    return schemes
-
-
-def _check_schemes(schemes: dict[str, Scheme]) -> None:
-    if "lm_head" in schemes and schemes["lm_head"].adapter_rank:
-        rank = schemes["lm_head"].adapter_rank
-        raise ValueError(
-            f"lm_head: adapter_rank = {rank} is not supported there; give lm_head a rule of its own with 0"
-        )
     attentions = {name[: -len(".q_proj")] for name in schemes if name.endswith(ATTENTION_INPUTS)}
     for name in sorted(attentions):
         found = [schemes.get(f"{name}{part}") for part in ATTENTION_INPUTS]
         if len({(scheme.bits, scheme.group) if scheme else None for scheme in found}) > 1:
             raise ValueError(f"{name}: q_proj, k_proj and v_proj need the same bits and group; give them one rule")
+    return schemes
 
 
-def _sample(model: Any, tokenizer: Any, plan: Sampling, work: Path, key: str, tell: Tell) -> NDArray[np.int64]:
-    sampler = copy.deepcopy(model).to(fast_dtype()) if fast_dtype() is not torch.float32 else model
-    return synthesize(sampler, tokenizer, plan, shards=work / f"synthetic-{key}", tell=tell)
+def resolved_ranks(model: Any, recipe: Recipe, settings: Settings) -> dict[str, int]:
+    """The adapter rank of every linear that gets one: by the settings' placements, else by the recipe's rules.
+
+    Raises ValueError if lm_head is to have one, as the loss is taken right behind its frozen weight.
+    """
+    if not methods.find(settings.method).adapters:
+        return {}
+    names = list(linears(model))
+    if settings.adapters:
+        return placement.ranks(names, settings.adapters)
+    ranks = {name: rank for name in names if (rank := recipe.rank_for(name))}
+    if HEAD in ranks:
+        raise ValueError(
+            f"{HEAD}: adapter_rank = {ranks[HEAD]} is not supported there; give {HEAD} a rule of its own with 0"
+        )
+    return ranks
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What every stage works on: the original, the scheme of each linear, the text to learn from, and whom to tell."""
-
-    model: Any
-    schemes: dict[str, Scheme]
-    ids: NDArray[np.int64]
-    settings: Settings
-    stages: _Stages
-    tell: Tell
-
-
-def _recover(job: _Job, work: Path) -> Recovered:
-    student = copy.deepcopy(job.model)
-    kept = work / "corrected.safetensors"
-    if kept.is_file():
-        quantized, low_ranks, job.stages.rows[1:] = layers.load_state(kept, job.schemes)
-        layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, low_ranks)
-    else:
-        quantized, low_ranks = _quantize(job, student)
-        layers.save_state(kept, quantized, low_ranks, job.stages.rows[1:])
-    if low_ranks and job.settings.distillation.steps:
-        weights = {name: quantized[name].dequantize() for name in low_ranks}
-        layers.adapt(student, weights, low_ranks, fast_dtype())
-        _distill(job, student, work / "distill.pt")
-        low_ranks = {name: adapter.snap(_factors(student, name)) for name in low_ranks}
-        layers.uninstall(student, weights, low_ranks)
-        job.stages.finish("distilled", student)
-    else:
-        low_ranks = {name: adapter.snap(low_rank) for name, low_rank in low_ranks.items()}
-    return Recovered(quantized, low_ranks, _other_tensors(student, quantized))
+def check_weights(model: Any) -> None:
+    """Raise ValueError naming the first matrix that holds NaN or infinity, or nothing but zeros."""
+    for name, module in linears(model).items():
+        weight = module.weight
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{name} holds NaN or infinity, so the file is damaged; fetch the model again")
+        if not bool(weight.any()):
+            raise ValueError(
+                f"{name} holds nothing but zeros, so the file is damaged or incomplete; repair it with `rlkit recover "
+                "--degraded DIR --teacher DIR`, or leave it as it is with bits = 16 in the recipe"
+            )
 
 
-def _quantize(job: _Job, student: Any) -> tuple[dict[str, Quantized], dict[str, LowRank]]:
-    """All that needs no gradient step; `student` wears the result, and the statistics are gone when it returns."""
-    model, schemes, settings, stages, tell = job.model, job.schemes, job.settings, job.stages, job.tell
-    adapted = [name for name, scheme in schemes.items() if scheme.adapter_rank]
-    rows = job.ids[: settings.statistics_rows]
-    statistics = collect(model, rows, adapted, output_rows=settings.output_rows, tell=tell)
-    stages.finish("statistics")
-    quantized = dict(layers.nearest(model, schemes, tell))
-    layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})
-    stages.finish("round-to-nearest", student)
-    quantized = dict(layers.compensated(model, schemes, statistics, settings.compensation, tell))
-    layers.install(student, {name: q.dequantize() for name, q in quantized.items()}, {})
-    stages.finish("compensated", student)
-    low_ranks = {}
-    if adapted:
-        rounds, options = settings.rounds, settings.compensation
-        for name, state, low_rank in layers.corrected(model, quantized, statistics, rounds, options, tell):
-            quantized[name], low_ranks[name] = state, low_rank
-        layers.install(student, {name: quantized[name].dequantize() for name in adapted}, low_ranks)
-        stages.finish("corrected", student)
-    return quantized, low_ranks
+def _text(model: Any, tokenizer: Any, sampling: Sampling, folder: Path, team: Team, tell: Tell) -> Text:
+    """The corpus and which of its rows are for what; sampled if the folder is not there yet."""
+    if team.main and not folder.exists():
+        fast = fast_dtype()
+        sampler = model if model.dtype == fast else copy.deepcopy(model).to(fast)
+        synthesize(sampler, tokenizer, sampling, folder, tell=tell)
+    team.wait()
+    corpus = Corpus.open(folder)
+    corpus.check_tokenizer(tokenizer)
+    rows = np.arange(len(corpus.ids))
+    if len(rows) <= HELD_OUT_ROWS:
+        raise ValueError(f"{folder} has {len(rows)} rows; more than {HELD_OUT_ROWS} are needed, which are held out")
+    return Text(corpus, rows[HELD_OUT_ROWS:], rows[:HELD_OUT_ROWS])
 
 
-def _factors(student: Any, name: str) -> LowRank:
-    module = student.get_submodule(name)
-    assert isinstance(module, adapter.AdaptedLinear)
-    return module.low_rank()
+def _measure(model: Any, tokenizer: Any, text: Text, against: Against | None, team: Team) -> Measure:
+    if against is None or not team.main:
+        return corpus_measure(text.corpus, text.held_out)
+    return against(logits_fn(model), tokenizer.encode)
 
 
-def _distill(job: _Job, student: Any, state: Path) -> None:
-    plan = job.settings.distillation
-    job.tell(Progress("distill", 0, plan.steps))
-    for step in distill(job.model, student, job.ids, plan, state=state):
-        job.tell(Progress("distill", step.index, plan.steps, f"KL {step.kl:.3f} on synthetic text"))
-
-
-def _other_tensors(student: Any, quantized: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Every tensor that is neither quantized nor an adapter; a float embedding in float16, the rest as it was."""
-    tensors = {}
-    for name, tensor in student.state_dict().items():
-        module = name.rpartition(".")[0]
-        tied = student.config.tie_word_embeddings and "lm_head" in quantized and module == "model.embed_tokens"
-        if tied or (name.endswith(".weight") and module in quantized):
-            continue
-        if student.config.tie_word_embeddings and name == "lm_head.weight":
-            continue
-        tensors[name] = tensor.half() if module == "model.embed_tokens" else tensor.clone()
-    return tensors
-
-
-def _synthetic_measure(model: Any, rows: NDArray[np.int64]) -> Measure:
-    """Mean KL to `model` on held-out synthetic rows: what is said of a checkpoint when no text was given."""
-    ids = torch.from_numpy(rows)
-    with torch.no_grad():
-        original = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
-
-    def measure(logits: Any) -> dict[str, Any]:
-        other = torch.log_softmax(torch.from_numpy(logits(rows))[:, :-1], dim=-1)
-        kl = (original.exp() * (original - other)).sum(-1)
-        same = (original.argmax(-1) == other.argmax(-1)).float()
-        return {"kl_mean": float(kl.mean()), "top1_agreement": float(same.mean()), "tokens": kl.numel()}
-
-    return measure
-
-
-def _source_facts(source: Source, model: Any) -> dict[str, Any]:
+def source_facts(source: Source, model: Any) -> dict[str, Any]:
+    """Where the model came from and how large it is."""
     return {
         "reference": source.reference,
         "kind": str(source.kind),

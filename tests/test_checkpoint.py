@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import tiny
-from rlkit.recover import adapter, layers, packing, recipe
+from rlkit.recover import adapter, packing, recipe
 from rlkit.recover.checkpoint import Recovered, load_checkpoint, quantization_config, write_checkpoint
 from rlkit.recover.correct import LowRank
-from rlkit.recover.model import linears, load_model
+from rlkit.recover.model import linears, load_model, set_weights
 from rlkit.recover.quantize import Quantized, quantize_nearest
 from rlkit.recover.recipe import Recipe, Scheme
 from rlkit.recover.source import SourceKind, read_shape, resolve
@@ -62,7 +62,11 @@ def written(root: Path, plan: Recipe, *, tied: bool) -> Written:
     if tied and "lm_head" not in quantized:
         tensors["model.embed_tokens.weight"] = model.state_dict()["lm_head.weight"].half()
         model.lm_head.weight.copy_(tensors["model.embed_tokens.weight"])
-    layers.install(model, {name: q.dequantize() for name, q in quantized.items()}, low_ranks)
+    nothing = torch.zeros(1, 1)
+    set_weights(
+        model,
+        ((n, q.dequantize() + (low_ranks[n].product() if n in low_ranks else nothing)) for n, q in quantized.items()),
+    )
     recovered = Recovered(quantized, low_ranks, tensors)
     (root / "ckpt").mkdir()
     write_checkpoint(root / "ckpt", recovered, model, tokenizer, plan, {"source": {"reference": "tiny"}})
@@ -168,8 +172,7 @@ def test_overrides_name_what_differs(mixed: Written) -> None:
 def test_quantization_config(
     schemes: list[Scheme], bits: int, group: int, symmetric: bool, overrides: list[int]
 ) -> None:
-    parts = {str(i): quantize_nearest(torch.ones(1, 64), scheme) for i, scheme in enumerate(schemes)}
-    assert quantization_config(parts) == {
+    assert quantization_config({str(i): scheme for i, scheme in enumerate(schemes)}) == {
         "quant_method": "olive",
         "bits": bits,
         "group_size": group,

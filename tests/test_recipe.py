@@ -89,7 +89,7 @@ def test_patterns_are_case_sensitive() -> None:
         ("[[rule]]\nbits = 4\nmatch = [1]\n", 3, "match is a pattern"),
         ("[[rule]]\nbits = 4\n[[ rule ]]\nbits = 5\n", 4, "bits = 5"),
         ("schema_version = 9\n[[rule]]\nbits = 4\n", 1, "reads version 1"),
-        ("name = 3\n[[rule]]\nbits = 4\n", 1, "strings"),
+        ("name = 3\n[[rule]]\nbits = 4\n", 1, "string"),
         ('name = "empty"\n', 1, "at least one"),
         ("rule = [1, 2]\n", 1, "at least one"),
         ("[rule]\nbits = 4\n", 1, "at least one"),

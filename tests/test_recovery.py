@@ -10,30 +10,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import tiny
 from rlkit.recover import packing, recipe
 from rlkit.recover.checkpoint import load_checkpoint
-from rlkit.recover.compensate import Compensation
 from rlkit.recover.distill import Distillation
 from rlkit.recover.model import load_model, logits_fn
+from rlkit.recover.placement import Placement
 from rlkit.recover.progress import Progress, Tell
 from rlkit.recover.recipe import Recipe
-from rlkit.recover.recovery import HELD_OUT_ROWS, Settings, recover, resolved_schemes
+from rlkit.recover.recovery import HELD_OUT_ROWS, Settings, recover, resolved_ranks, resolved_schemes
 from rlkit.recover.source import Source, resolve
-from rlkit.recover.synthesize import Sampling
+from rlkit.recover.synthesize import Sampling, synthesize
+from rlkit.recover.workbench import Amounts
 
 IDS = np.random.default_rng(0).integers(3, tiny.VOCAB, (4, 24))
 QUICK = Settings(
     sampling=Sampling(sequences=28, length=24, batch=14),
-    statistics_rows=16,
-    output_rows=9,
-    rounds=1,
-    compensation=Compensation(rounds=1),
+    amounts=Amounts(statistics_rows=16, output_rows=9, rounds=1),
     distillation=Distillation(steps=12, batch=8, warmup=1),
 )
-STAGES = ["synthesize", "statistics", "round-to-nearest", "compensated", "corrected", "distilled"]
+STAGES = ["synthesize", "layers", "round-to-nearest", "compensated", "corrected", "distilled"]
 
 
 def against(original: Callable[[Any], Any], _encode: Any) -> Callable[[Any], dict[str, Any]]:
@@ -140,7 +138,7 @@ def test_adapters_lie_on_the_exporters_grid(source: Source, steps: int, tmp_path
 
 
 def test_progress_is_told_for_every_stage(made: Run) -> None:
-    assert made.told_stages() == ["synthesize", "statistics", "round-to-nearest", "compensate", "correct", "distill"]
+    assert made.told_stages() == ["synthesize", "output moments", "layers", "distill"]
     last = {event.stage: event for event in made.told}
     assert all(event.done == event.total for event in last.values())
 
@@ -162,10 +160,10 @@ def assert_same(found: Run, expected: Run) -> None:
     ("stage", "done", "again"),
     [
         ("synthesize", 30, "synthesize"),
-        ("statistics", 16, "statistics"),
-        ("compensate", 5, "statistics"),
-        ("correct", 4, "statistics"),
-        ("distill", 0, "distill"),
+        ("output moments", 2, "output moments"),
+        ("layers", 1, "layers"),
+        ("layers", 3, "distill"),
+        ("distill", 1, "distill"),
         ("distill", 11, "distill"),
     ],
 )
@@ -179,30 +177,55 @@ def test_an_interrupted_run_leaves_no_output_and_continues(
     resumed = run(made.source, out)
     assert resumed.told_stages()[0] == again
     if done == 11:
-        assert [event.done for event in resumed.told] == [0, 11, 12]
+        assert [event.done for event in resumed.told] == [11, 12]
+    if (stage, done) == ("layers", 1):
+        assert [event.done for event in resumed.told if event.stage == "layers"] == [2, 3]
     assert [row["stage"] for row in resumed.facts["stages"]] == STAGES
     assert_same(resumed, made)
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("change", ["settings", "recipe", "sampling"])
+CHANGES = {
+    "steps": replace(QUICK, distillation=Distillation(steps=1, batch=8)),
+    "method": replace(QUICK, method="scales"),
+    "quantizer": replace(QUICK, quantizer="search"),
+    "placement": replace(QUICK, adapters=(Placement(("*.k_proj",), 4),)),
+    "recipe": QUICK,
+    "sampling": replace(QUICK, sampling=Sampling(sequences=20, length=24, seed=1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_kept_work_is_not_used_for_another_job(source: Source, change: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "ckpt", tell=stopping_at("distill", 0))
-    settings = {
-        "settings": replace(QUICK, distillation=Distillation(steps=1, batch=8)),
-        "recipe": QUICK,
-        "sampling": replace(QUICK, sampling=Sampling(sequences=20, length=24, seed=1)),
-    }[change]
-    other = run(source, tmp_path / "ckpt", tiny.W4 if change == "recipe" else tiny.W4W2, settings=settings)
-    assert other.told_stages()[0] == ("synthesize" if change == "sampling" else "statistics")
+        run(source, tmp_path / "ckpt", tell=stopping_at("distill", 1))
+    plan = tiny.W4 if change == "recipe" else tiny.W4W2
+    other = run(source, tmp_path / "ckpt", plan, settings=CHANGES[change])
+    assert (other.told_stages()[0] == "synthesize") is (change == "sampling")
+    assert "layers" in other.told_stages()
 
 
-def test_samples_are_kept_where_told(source: Source, tmp_path: Path) -> None:
-    first = run(source, tmp_path / "first", tiny.W4, samples=tmp_path / "samples")
-    second = run(source, tmp_path / "second", tiny.W8, samples=tmp_path / "samples")
-    assert first.told_stages()[0] == "synthesize"
-    assert second.told_stages()[0] == "statistics"
+def test_a_corpus_made_before_is_used(source: Source, tmp_path: Path) -> None:
+    corpus = synthesize(*load_model(source), QUICK.sampling, tmp_path / "corpus")
+    found = run(source, tmp_path / "ckpt", tiny.W4, corpus=tmp_path / "corpus")
+    assert found.told_stages()[0] == "layers"
+    assert found.facts["corpus"] == corpus.facts
+    assert (tmp_path / "corpus").is_dir()
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(source: Source, tmp_path: Path) -> None:
+    model, tokenizer = load_model(source)
+    tokenizer.add_tokens(["another"])
+    synthesize(model, tokenizer, QUICK.sampling, tmp_path / "corpus")
+    with pytest.raises(ValueError, match="tokenizer"):
+        run(source, tmp_path / "ckpt", corpus=tmp_path / "corpus")
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_corpus_needs_more_rows_than_are_held_out(source: Source, tmp_path: Path) -> None:
+    synthesize(*load_model(source), Sampling(sequences=8, length=24), tmp_path / "corpus")
+    with pytest.raises(ValueError, match="8 rows; more than 8"):
+        run(source, tmp_path / "ckpt", corpus=tmp_path / "corpus")
 
 
 def test_an_existing_folder_is_replaced_only_by_force(made: Run, tmp_path: Path) -> None:
@@ -218,12 +241,11 @@ def test_an_existing_folder_is_replaced_only_by_force(made: Run, tmp_path: Path)
 
 
 def test_without_text_synthetic_sequences_are_held_out(source: Source, tmp_path: Path) -> None:
-    found = run(source, tmp_path / "ckpt", against=None, settings=replace(QUICK, statistics_rows=1000))
-    assert {event.total for event in found.told if event.stage == "statistics"} == {28 - HELD_OUT_ROWS}
-    assert found.facts["measured_on"] == f"{HELD_OUT_ROWS} held-out synthetic sequences"
+    found = run(source, tmp_path / "ckpt", against=None)
+    assert found.facts["measured_on"].startswith(f"{HELD_OUT_ROWS} held-out rows of the corpus")
     divergence = found.facts["stages"][-1]["divergence"]
     assert 0 < divergence["kl_mean"] < found.facts["stages"][2]["divergence"]["kl_mean"]
-    assert divergence["tokens"] == HELD_OUT_ROWS * 23
+    assert divergence["tokens"] == HELD_OUT_ROWS * 24
     assert 0 < divergence["top1_agreement"] <= 1
 
 
@@ -238,9 +260,9 @@ def test_against_is_asked_once(source: Source, tmp_path: Path) -> None:
     assert asked == [((4, 24, tiny.VOCAB), tiny.tokenizer().encode("the cat"))]
 
 
-def test_without_adapters_nothing_is_distilled(source: Source, tmp_path: Path) -> None:
+def test_without_adapters_scales_and_norms_are_distilled(source: Source, tmp_path: Path) -> None:
     found = run(source, tmp_path / "ckpt", tiny.W4)
-    assert [row["stage"] for row in found.facts["stages"]] == STAGES[:4]
+    assert [row["stage"] for row in found.facts["stages"]] == [*STAGES[:4], "distilled"]
     assert not (found.out / "adapter").exists()
 
 
@@ -297,8 +319,30 @@ def test_groups_are_fitted_to_each_matrix(tmp_path: Path) -> None:
     folder = tiny.llama(tmp_path / "hf", hidden_size=160, num_attention_heads=5, num_key_value_heads=1)
     schemes = resolved_schemes(load_model(resolve(folder))[0], tiny.W4W2)
     assert schemes["model.layers.0.mlp.gate_proj"].group == 32  # 64 does not divide 160
-    assert schemes["model.layers.0.mlp.gate_proj"].adapter_rank == 32
     assert "model.embed_tokens" not in schemes
+
+
+def test_ranks_come_from_the_placement_else_from_the_recipe(source: Source) -> None:
+    model = load_model(source)[0]
+    full = Settings().under(tiny.W4W2)
+    gate_up = {f"model.layers.{i}.mlp.{part}_proj" for i in (0, 1) for part in ("gate", "up")}
+    assert resolved_ranks(model, tiny.W4W2, full) == dict.fromkeys(gate_up, 32)
+    placed = replace(full, adapters=(Placement(("*.v_proj",), 4),))
+    assert resolved_ranks(model, tiny.W4W2, placed) == {f"model.layers.{i}.self_attn.v_proj": 4 for i in (0, 1)}
+    assert resolved_ranks(model, tiny.W4W2, replace(full, method="scales")) == {}
+
+
+@pytest.mark.parametrize(("spoil", "said"), [("nan", "holds NaN"), ("zero", "holds nothing but zeros.*--degraded")])
+def test_damaged_layers_are_named_before_any_work(spoil: str, said: str, tmp_path: Path) -> None:
+    folder = tiny.llama(tmp_path / "hf")
+    stored = load_file(folder / "model.safetensors")
+    weight = stored["model.layers.1.mlp.up_proj.weight"]
+    weight[...] = 0 if spoil == "zero" else weight
+    weight[3, 5] = np.nan if spoil == "nan" else 0
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.layers.1.mlp.up_proj {said}"):
+        run(resolve(folder), tmp_path / "ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_checkpoint_cannot_be_recovered_again(made: Run, tmp_path: Path) -> None:
@@ -312,12 +356,20 @@ def test_a_checkpoint_cannot_be_recovered_again(made: Run, tmp_path: Path) -> No
         ({"statistics_rows": 0}, "statistics_rows = 0"),
         ({"output_rows": 0}, "output_rows = 0"),
         ({"rounds": -1}, "rounds = -1"),
-        ({"sampling": Sampling(sequences=8)}, "sequences = 8 leaves none"),
     ],
 )
-def test_bad_settings_are_refused(changes: dict[str, Any], said: str) -> None:
+def test_bad_amounts_are_refused(changes: dict[str, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Settings(**changes)
+        Amounts(**changes)
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="sequences = 8 leaves none"):
+        Settings(sampling=Sampling(sequences=8))
+    with pytest.raises(ValueError, match="no method 'best'; there are none, recover-lora, scales, corrected, full"):
+        Settings(method="best").under(tiny.W4)
+    with pytest.raises(ValueError, match="gptq"):
+        Settings(quantizer="best").under(tiny.W4)
 
 
 @pytest.mark.filterwarnings("ignore")  # the builder's own

@@ -1,21 +1,24 @@
-"""The collected moments are what a direct computation gives."""
+"""The layers of the sweep are the model's, and their moments are what a direct computation gives."""
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+import transformers
 
 import tiny
 from rlkit.recover.model import autocast, fast_dtype, linears, load_model
 from rlkit.recover.progress import Progress
 from rlkit.recover.source import resolve
-from rlkit.recover.statistics import LARGEST_OUTPUT, collect, draw
+from rlkit.recover.sweep import LARGEST_OUTPUT, LayerMoments, Rows, sweep
+from rlkit.recover.synthesize import draw
 
 LOOSE = 0.03 if fast_dtype() is torch.bfloat16 else 1e-4  # of a moment's largest entry
 IDS = np.random.default_rng(0).integers(3, tiny.VOCAB, (11, 12))  # more than one batch of 8
@@ -26,12 +29,36 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_model(resolve(tiny.llama(tmp_path_factory.mktemp("models") / "hf", initializer_range=0.15)))[0]
 
 
+@dataclass(frozen=True)
+class Found:
+    """The moments of all layers by full name, and the layers."""
+
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+    layers: list[LayerMoments]
+
+
+def collect(
+    model: Any,
+    ids: np.ndarray,
+    names: list[str],
+    scratch: Path,
+    *,
+    output_rows: int = 64,
+    seed: int = 0,
+) -> Found:
+    layers = list(sweep(model, Rows(ids, output_rows, seed), names, scratch))
+    inputs = {layer.full(name): moment for layer in layers for name, moment in layer.inputs.items()}
+    outputs = {layer.full(name): moment for layer in layers for name, moment in layer.outputs.items()}
+    return Found(inputs, outputs, layers)
+
+
 def assert_near(found: torch.Tensor, expected: torch.Tensor, share: float = LOOSE) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=share * float(expected.abs().max()))
 
 
-def test_inputs_are_the_second_moments_of_what_each_linear_sees(model: Any) -> None:
-    found = collect(model, IDS, [])
+def test_inputs_are_the_second_moments_of_what_each_linear_sees(model: Any, tmp_path: Path) -> None:
+    found = collect(model, IDS, [], tmp_path)
     seen: dict[str, torch.Tensor] = {}
     modules = linears(model)
     handles = [
@@ -42,7 +69,6 @@ def test_inputs_are_the_second_moments_of_what_each_linear_sees(model: Any) -> N
         model(input_ids=torch.from_numpy(IDS), use_cache=False)
     for handle in handles:
         handle.remove()
-    assert found.tokens == IDS.size
     assert found.inputs.keys() == modules.keys()
     assert found.outputs == {}
     for name, x in seen.items():
@@ -85,9 +111,9 @@ def drawn_labels(model: Any, seed: int) -> torch.Tensor:
     return torch.cat(batches)
 
 
-def test_outputs_are_the_second_moments_of_autograds_gradients(model: Any) -> None:
+def test_outputs_are_the_second_moments_of_autograds_gradients(model: Any, tmp_path: Path) -> None:
     names = ["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
-    found = collect(model, IDS, names, seed=5)
+    found = collect(model, IDS, names, tmp_path, seed=5)
     gradients = output_gradients(model, names, drawn_labels(model, 5))
     assert found.outputs.keys() == set(names)
     for name, gradient in gradients.items():
@@ -100,7 +126,7 @@ def test_outputs_are_the_second_moments_of_autograds_gradients(model: Any) -> No
         assert_near(found.outputs[name], moment)
 
 
-def test_outputs_approach_the_expectation_over_labels(model: Any) -> None:
+def test_outputs_approach_the_expectation_over_labels(model: Any, tmp_path: Path) -> None:
     """Many draws over one sequence against the exact mean over all labels, sum_v p(v) g_v g_v^T."""
     name, row, length = "model.layers.1.mlp.down_proj", IDS[:1, :4], 4
     n = linears(model)[name].out_features
@@ -120,13 +146,13 @@ def test_outputs_approach_the_expectation_over_labels(model: Any) -> None:
         p = log_p[0].detach().exp()
         expected += sum((g.T @ (p[:, None] * g) for g in gradients.pop().unbind(1)), torch.zeros(n, n)) / length
     handle.remove()
-    found = collect(model, row.repeat(1000, axis=0), [name]).outputs[name]
+    found = collect(model, row.repeat(1000, axis=0), [name], tmp_path, output_rows=1000).outputs[name]
     assert float((found - expected).norm() / expected.norm()) < 0.15
     assert float(found.trace() / expected.trace()) == pytest.approx(1, abs=0.05)
 
 
-def test_linears_with_one_input_share_one_tensor(model: Any) -> None:
-    inputs = collect(model, IDS[:2], []).inputs
+def test_linears_with_one_input_share_one_tensor(model: Any, tmp_path: Path) -> None:
+    inputs = collect(model, IDS[:2], [], tmp_path).inputs
     groups = defaultdict(set)
     for name, moment in inputs.items():
         groups[id(moment)].add(name.replace("model.layers.", ""))
@@ -136,45 +162,84 @@ def test_linears_with_one_input_share_one_tensor(model: Any) -> None:
     assert sorted(map(sorted, groups.values())) == sorted(map(sorted, expected))
 
 
-def test_of_large_outputs_the_diagonal_is_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tiny.llama(
-        tmp_path_factory.mktemp("wide") / "hf", intermediate_size=LARGEST_OUTPUT + 32, num_hidden_layers=1
-    )
+def test_of_large_outputs_the_diagonal_is_kept(tmp_path: Path) -> None:
+    folder = tiny.llama(tmp_path / "hf", intermediate_size=LARGEST_OUTPUT + 32, num_hidden_layers=1)
     wide = load_model(resolve(folder))[0]
     name = "model.layers.0.mlp.up_proj"
-    found = collect(wide, IDS, [name], seed=2).outputs[name]
+    found = collect(wide, IDS, [name], tmp_path, seed=2).outputs[name]
     gradient = output_gradients(wide, [name], drawn_labels(wide, 2))[name].flatten(0, 1)
     assert found.shape == (LARGEST_OUTPUT + 32,)
     assert_near(found, gradient.square().mean(0))
 
 
 @pytest.mark.parametrize("rows", [3, 8, 10, 99])
-def test_output_moments_may_come_from_the_first_rows_alone(model: Any, rows: int) -> None:
+def test_output_moments_may_come_from_the_first_rows_alone(model: Any, rows: int, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.gate_proj"
-    found, few = collect(model, IDS, [name], output_rows=rows), collect(model, IDS[:rows], [name])
-    assert_near(found.outputs[name], few.outputs[name], 1e-3)
-    for key, moment in collect(model, IDS, []).inputs.items():
+    found = collect(model, IDS, [name], tmp_path / "all", output_rows=rows)
+    few = collect(model, IDS[:rows], [name], tmp_path / "few")
+    assert_near(found.outputs[name], few.outputs[name], 2e-3)
+    for key, moment in collect(model, IDS, [], tmp_path).inputs.items():
         assert_near(found.inputs[key], moment)
 
 
-def test_same_seed_same_moments_and_nothing_left_behind(model: Any) -> None:
-    name, told = "model.layers.0.mlp.up_proj", list[Progress]()
-    first, again = (collect(model, IDS, [name], seed=1, tell=told.append) for _ in range(2))
-    other = collect(model, IDS, [name], seed=2)
+def test_same_seed_same_moments_and_nothing_left_behind(model: Any, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    first, again = (collect(model, IDS, [name], tmp_path / part, seed=1) for part in "ab")
+    other = collect(model, IDS, [name], tmp_path / "c", seed=2)
     assert torch.equal(first.outputs[name], again.outputs[name])
     assert not torch.equal(first.outputs[name], other.outputs[name])
     assert torch.equal(first.inputs[name], other.inputs[name])
-    assert [(event.done, event.total) for event in told[:2]] == [(8, 11), (11, 11)]
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_pre_hooks or module._backward_hooks for module in model.modules())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert not list(tmp_path.rglob("hidden-*"))
 
 
-@given(st.integers(0, 2**31))
-def test_draw_follows_the_probabilities(seed: int) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    p = torch.softmax(3 * torch.randn(6, generator=rng), dim=0)
-    p[2] = 0
-    p /= p.sum()
-    counts = draw(p.expand(20_000, 6), rng).bincount(minlength=6) / 20_000
-    assert counts[2] == 0
-    assert float((counts - p).abs().max()) < 6 * 0.5 / 20_000**0.5
+ARCHITECTURES = {
+    "llama": (transformers.LlamaConfig, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 4}),
+    "qwen2": (transformers.Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": (transformers.Qwen3Config, {}),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_in_turn_are_the_model(architecture: str, tmp_path: Path) -> None:
+    config, changes = ARCHITECTURES[architecture]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    shape = config(**sizes, num_key_value_heads=2, head_dim=16, vocab_size=tiny.VOCAB, **changes)
+    other = transformers.AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False)
+    seen: list[torch.Tensor] = []
+    handle = other.lm_head.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad(), autocast():
+        other(input_ids=torch.from_numpy(IDS), use_cache=False)
+    handle.remove()
+    found = collect(other, IDS, ["model.layers.1.mlp.up_proj"], tmp_path)
+    assert_near(found.inputs["lm_head"], seen[0].float().T @ seen[0].float() / IDS.size)
+    assert [layer.prefix for layer in found.layers] == ["model.layers.0", "model.layers.1", ""]
+    assert list(found.outputs) == ["model.layers.1.mlp.up_proj"]
+
+
+def test_layers_are_copies_in_float32(model: Any, tmp_path: Path) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    for layer in sweep(half, Rows(IDS), [], tmp_path):
+        for name, parameter in layer.layer.named_parameters() if layer.prefix else ():
+            assert parameter.dtype == torch.float32
+            parameter.data.zero_()
+            assert half.get_parameter(layer.full(name)).any()
+
+
+def test_layers_that_are_done_are_passed_through(model: Any, tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
+    whole = collect(model, IDS, names, tmp_path)
+    told: list[Progress] = []
+    rest = list(sweep(model, Rows(IDS), names, tmp_path, done={"model.layers.0"}, tell=told.append))
+    assert [layer.prefix for layer in rest] == ["model.layers.1", ""]
+    assert torch.equal(rest[0].inputs["mlp.up_proj"], whole.inputs[names[1]])
+    assert torch.equal(rest[0].outputs["mlp.up_proj"], whole.outputs[names[1]])
+    assert told == [], "the output moments of the first sweep are used again"
+    again: list[Progress] = []
+    list(sweep(model, Rows(IDS + 1), names, tmp_path, tell=again.append))
+    assert again, "those of other rows are not"

@@ -1,0 +1,216 @@
+"""How much accuracy each method of recovery gives back, for how much text and time.
+
+    python -m rlkit.apps.benchmarks.recovery -o ./bench-recovery --suite methods
+
+Gate and up projections of the model go to 2 bits, everything else stays float, so that nothing else is measured.
+Divergence and perplexity are taken on held-out LAMBADA passages, last-word accuracy on passages of the same file.
+Every case is kept in the output folder: an interrupted run continues, and suites share their cases and texts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlkit.apps import console, heldout
+from rlkit.profiles import lastword
+from rlkit.profiles.machine import measure_machine
+from rlkit.recover import assets, contents, source
+from rlkit.recover.atomic import write_json
+from rlkit.recover.progress import Tell
+from rlkit.recover.recipe import METHODS, QUANTIZERS, Recipe, Rule, Scheme
+
+GATE_UP = ("*.gate_proj", "*.up_proj")
+LENGTH = 128
+STEPS = {"16k": 32, "64k": 64, "256k": 160}  # of 16 rows each; 4, 2 and 1.25 times over the text
+BUDGETS = {"16k": 16384, "64k": 65536, "256k": 262144}  # synthetic tokens
+PASSAGES = 500
+MAX_STATISTICS_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One recovery: method, quantizer ("" for the method's own), tokens of text, group, adapter rank, steps."""
+
+    method: str
+    quantizer: str = ""
+    tokens: str = "16k"
+    group: int = 64
+    rank: int = 32
+    steps: int = 0
+
+    @property
+    def name(self) -> str:
+        """A folder name that tells cases apart."""
+        parts = (self.method, self.quantizer or "own", self.tokens, f"g{self.group}", f"r{self.rank}")
+        return "-".join((*parts, f"s{self.steps or STEPS[self.tokens]}"))
+
+    def recipe(self) -> Recipe:
+        """Gate and up at 2 bits, the rest as it is."""
+        return Recipe(f"gate-up-2-g{self.group}", (Rule(GATE_UP, Scheme(2, self.group, adapter_rank=self.rank)),))
+
+
+SUITES: dict[str, tuple[Case, ...]] = {
+    "methods": (*(Case(method) for method in METHODS), Case("recover-lora", "gptq")),
+    "ranks": (Case("full", rank=32), Case("full", rank=64)),
+    "budgets": tuple(Case(method, tokens=tokens) for tokens in BUDGETS for method in ("recover-lora", "full")),
+    "groups": tuple(Case(method, group=group) for group in (32, 64) for method in ("none", "full")),
+    "quantizers": tuple(Case("none", quantizer) for quantizer in QUANTIZERS),
+    "quick": (Case("none"), Case("corrected"), Case("full")),
+}
+
+
+def main(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of texts and results.")] = Path("bench-recovery"),
+    suite: Annotated[list[str] | None, typer.Option(help=f"Which cases: {', '.join(SUITES)}, generation.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Only cases of these budgets: 16k,64k.")] = None,
+    model: Annotated[str, typer.Option(help="A model: asset name, folder or .gguf file.")] = "smollm2-135m",
+    text: Annotated[str, typer.Option(help="Held-out requests: a text asset or .jsonl(.gz) file.")] = "lambada",
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
+) -> None:
+    """Run suites of recovery cases and print their figures."""
+    asked = suite or ["quick"]
+    unknown = [name for name in asked if name not in (*SUITES, "generation")]
+    if unknown:
+        raise typer.BadParameter(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}, generation")
+    found = source.resolve(model, download=model in assets.registry())
+    held_out = heldout.find(found, text)
+    results: dict[str, Any] = {"schema_version": 1, "model": model, "machine": measure_machine().to_json()}
+    with console.progress(quiet=json) as tell:
+        if "generation" in asked:
+            results["generation"] = _generation(found, out, tell)
+        cases = dict.fromkeys(case for name in asked if name in SUITES for case in SUITES[name])
+        wanted = [case for case in cases if tokens is None or case.tokens in tokens.split(",")]
+        results["cases"] = [_run(case, found, held_out, out, tell) for case in wanted]
+    write_json(out / f"{'-'.join(asked)}.json", results)
+    if json:
+        console.emit_json(results)
+        return
+    _show(results)
+
+
+def _run(case: Case, found: source.Source, held_out: heldout.HeldOut, out: Path, tell: Tell) -> dict[str, Any]:
+    """A case's figures, from its folder if it was run before."""
+    kept = out / "cases" / f"{case.name}.json"
+    if kept.is_file():
+        return source.read_json(kept)
+    from rlkit.recover import distill, recovery, workbench
+
+    console.say(f"case {case.name}")
+    corpus, synthesis_seconds = _corpus(case.tokens, found, out, tell)
+    folder, began = out / "checkpoint", time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = recovery.Settings(
+        method=case.method,
+        quantizer=case.quantizer,
+        amounts=workbench.Amounts(statistics_rows=min(MAX_STATISTICS_ROWS, BUDGETS[case.tokens] // LENGTH)),
+        distillation=distill.Distillation(steps=case.steps or STEPS[case.tokens]),
+    )
+    recovery.recover(
+        found, case.recipe(), folder, settings=settings, against=held_out.against, corpus=corpus, tell=tell
+    )
+    wall = time.perf_counter() - began
+    facts = source.read_json(folder / "recovery.json")
+    result = {
+        **asdict(case),
+        "stages": facts["stages"],
+        **_figures(folder, held_out.text, tell),
+        "seconds": round(synthesis_seconds + sum(row["seconds"] for row in facts["stages"]), 1),
+        "wall_seconds": round(wall, 1),
+        "peak_nbytes": facts["peak_nbytes"],
+        **{key: facts["stages"][-1]["divergence"][key] for key in ("kl_mean", "top1_agreement", "perplexity")},
+    }
+    write_json(kept, result)
+    shutil.rmtree(folder)
+    return result
+
+
+def _figures(folder: Path, requests: Path, tell: Tell) -> dict[str, Any]:
+    """Bits per weight of the 2-bit matrices with their adapters, and last words said."""
+    from rlkit.recover.checkpoint import load_checkpoint
+    from rlkit.recover.model import logits_fn
+
+    rows = {row["kind"]: row for row in contents.describe(source.resolve(folder))["tensors"]}
+    matrices, factors = rows["gate_up"], rows["adapter"]["weights"] if "adapter" in rows else 0
+    model, tokenizer = load_checkpoint(folder)
+    passages = lastword.read_passages(requests, tokenizer.encode, count=PASSAGES)
+    return {
+        "bits_per_weight": round(8 * (matrices["nbytes"] + factors) / matrices["weights"], 3),  # factors: 8 bits
+        "last_word": lastword.accuracy(logits_fn(model), passages, tell),
+    }
+
+
+def _corpus(tokens: str, found: source.Source, out: Path, tell: Tell) -> tuple[Path, float]:
+    """The text of a budget, sampled once, and how long that took."""
+    folder, timing = out / "texts" / tokens, out / "texts" / f"{tokens}.json"
+    if not folder.is_dir():
+        from rlkit.recover.model import fast_dtype, load_model
+        from rlkit.recover.synthesize import Sampling, synthesize
+
+        model, tokenizer = load_model(found)
+        began = time.perf_counter()
+        sampling = Sampling(sequences=BUDGETS[tokens] // LENGTH, length=LENGTH)
+        synthesize(model.to(fast_dtype()), tokenizer, sampling, folder, tell=tell)
+        write_json(timing, {"seconds": time.perf_counter() - began})
+    return folder, float(json.loads(timing.read_text(encoding="utf-8"))["seconds"])
+
+
+def _generation(found: source.Source, out: Path, tell: Tell) -> dict[str, Any]:
+    """Tokens per second of synthesize and of the model's own generate at batch 1, one after the other, twice."""
+    from rlkit.recover.model import fast_dtype, load_model
+    from rlkit.recover.synthesize import Sampling, synthesize
+
+    loaded, tokenizer = load_model(found)
+    model = loaded.to(fast_dtype())
+    rates: dict[str, list[float]] = {"synthesize": [], "generate": []}
+    for seed in range(2):
+        folder, sampling = out / "generation", Sampling(sequences=192, length=LENGTH, seed=seed)
+        shutil.rmtree(folder, ignore_errors=True)
+        began = time.perf_counter()
+        corpus = synthesize(model, tokenizer, sampling, folder, tell=tell)
+        rates["synthesize"].append(corpus.ids.size / (time.perf_counter() - began))
+        start = tokenizer("The", return_tensors="pt").input_ids
+        began = time.perf_counter()
+        made = model.generate(start, do_sample=True, min_new_tokens=LENGTH, max_new_tokens=LENGTH)
+        rates["generate"].append((made.shape[1] - start.shape[1]) / (time.perf_counter() - began))
+    shutil.rmtree(folder, ignore_errors=True)
+    best = {name: sorted(found)[len(found) // 2] for name, found in rates.items()}
+    return {"tokens_per_s": best, "ratio": best["synthesize"] / best["generate"]}
+
+
+def _show(results: dict[str, Any]) -> None:
+    if "generation" in results:
+        found = results["generation"]
+        rates = ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in found["tokens_per_s"].items())
+        console.emit(f"generation: {rates}; {found['ratio']:.1f} times")
+    columns = ("method", "quantizer", "tokens", "group", "rank", "KL", "same top", "perplexity", "last word")
+    rows = []
+    for row in results["cases"]:
+        adapted = row["method"] in ("recover-lora", "corrected", "full")
+        rows.append(
+            (
+                row["method"],
+                row["quantizer"] or "its own",
+                row["tokens"],
+                str(row["group"]),
+                str(row["rank"]) if adapted else "-",
+                f"{row['kl_mean']:.3f}",
+                f"{100 * row['top1_agreement']:.1f}%",
+                f"{row['perplexity']:.1f}",
+                f"{100 * row['last_word']:.1f}%",
+                f"{row['seconds']:.0f}",
+                f"{row['bits_per_weight']:.2f}",
+            )
+        )
+    if rows:
+        console.table((*columns, "seconds", "bits/weight"), rows, title=f"{results['model']}, gate and up at 2 bits")
+
+
+if __name__ == "__main__":
+    typer.run(main)
