@@ -72,9 +72,8 @@ class Corpus:
             version = facts.get("schema_version")
             raise ValueError(f"{folder / MANIFEST} has schema_version {version}, not {SCHEMA_VERSION}; {AGAIN}")
         try:
-            length, top_k, vocab, shards, _tokenizer = (
-                facts[name] for name in ("length", "top_k", "vocab", "shards", "tokenizer")
-            )
+            length, top_k, vocab = (int(facts[name]) for name in ("length", "top_k", "vocab"))
+            shards, _tokenizer = facts["shards"], facts["tokenizer"]
             listed = [(folder / str(shard["file"]), int(shard["rows"]), int(shard["nbytes"])) for shard in shards]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / MANIFEST} is damaged ({error!r}); {AGAIN}") from error
@@ -215,16 +214,17 @@ class Work:
             return None
         try:
             with safe_open(path, framework="numpy") as file:
-                counts = {name: int(value) for name, value in (file.metadata() or {}).items()}
+                counts = json.loads((file.metadata() or {})["counts"])
             return read_ids(path, self.shape(counts["rows"])), counts
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, index: int, tensors: Mapping[str, NDArray[Any]], counts: Mapping[str, int]) -> None:
         """Keep a shard, complete or not at all, with what is counted of it."""
         stored = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        metadata = {name: str(value) for name, value in (dict(counts) | {"rows": len(tensors["ids"])}).items()}
-        write_bytes(self._shard(index), save(stored, metadata))
+        # One entry alone, as several would be written in any order, and the same data is to be the same bytes.
+        counted = json.dumps({**counts, "rows": len(tensors["ids"])}, sort_keys=True)
+        write_bytes(self._shard(index), save(stored, {"counts": counted}))
 
     def publish(self, shards: int, counts: Mapping[str, int]) -> Corpus:
         """Put the folder of the first `shards` shards in its place, and open it."""
