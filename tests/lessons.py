@@ -1,0 +1,61 @@
+"""A quantized student of a tiny model, and a corpus in memory, for tests of the training loop here and elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+import tiny
+from rlkit.recover.adapter import AdaptedLinear
+from rlkit.recover.corpus import Targets
+from rlkit.recover.correct import Moments, correct
+from rlkit.recover.model import linears
+from rlkit.recover.quantize import quantize_nearest
+from rlkit.recover.recipe import Scheme
+
+ROWS, LENGTH, TOP_K = 24, 16, 32
+
+
+@dataclass
+class Lessons:
+    """What the loop needs of a corpus, made of a model's logits; it writes down which rows were asked for."""
+
+    ids: np.ndarray
+    targets_of_all: Targets
+    vocab: int = tiny.VOCAB
+    asked: list[int] = field(default_factory=list)
+
+    def targets(self, rows: np.ndarray) -> Targets:
+        self.asked += rows.tolist()
+        kept = self.targets_of_all
+        return Targets(kept.ids[rows], kept.log_probs[rows], kept.rest[rows])
+
+
+def lessons(teacher: Any, seed: int = 0) -> Lessons:
+    """Random rows and the TOP_K likeliest tokens of `teacher` behind each position."""
+    ids = np.random.default_rng(seed).integers(3, tiny.VOCAB, (ROWS, LENGTH))
+    probabilities = torch.softmax(torch.from_numpy(tiny.logits(teacher, ids)).double(), dim=-1)
+    top, found = probabilities.topk(TOP_K)
+    rest = (1 - top.sum(-1)).clamp(min=2e-9).log()
+    return Lessons(ids, Targets(found.numpy(), top.log().float().numpy(), rest.float().numpy()))
+
+
+def student(teacher: Any, dtype: torch.dtype = torch.float32, *, scales: bool = True) -> Any:
+    """The teacher with gate and up at 2 bits, a correction of rank 8 beside them, and down at 4 bits."""
+    made = copy.deepcopy(teacher)
+    for name, module in linears(teacher).items():
+        parent, _, last = name.rpartition(".")
+        if last in ("gate_proj", "up_proj"):
+            quantized = quantize_nearest(module.weight, Scheme(2, 64))
+            low_rank = correct(module.weight - quantized.dequantize(), Moments(torch.eye(128)), 8)
+            layer = AdaptedLinear(module, quantized, low_rank, dtype, train_scales=scales)
+        elif last == "down_proj":
+            layer = AdaptedLinear(module, quantize_nearest(module.weight, Scheme(4, 64)), None, dtype, scales)
+        else:
+            continue
+        setattr(made.get_submodule(parent), last, layer)
+    return made
