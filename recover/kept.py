@@ -6,7 +6,7 @@ What an interrupted run finished is found again, and the whole model's codes nev
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class States(Mapping[str, Quantized]):
     """Quantized matrices by module name, read when asked for: corrected ones for `adapted`, with trained scales."""
 
     def __init__(
-        self, kept: Kept, names: list[str], adapted: Mapping[str, Any], scales: Mapping[str, torch.Tensor]
+        self, kept: Kept, names: list[str], adapted: Collection[str], scales: Mapping[str, torch.Tensor]
     ) -> None:
         self._kept, self._names, self._adapted, self._scales = kept, names, adapted, scales
 

@@ -7,7 +7,7 @@ small steps; large matrices (lm_head) go in blocks of rows, since rows do not de
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,23 +99,27 @@ def _quantize(
     low_ranks: dict[str, LowRank],
 ) -> dict[str, Quantized]:
     """The stacked matrices of `names`, less the corrections they have already, on their grids."""
-    weights = {name: moments.layer.get_submodule(name).weight for name in names}
+    weights = {name: moments.weight(name) for name in names}
     moment, scheme = moments.inputs[names[0]], schemes[names[0]]
     if HEAD in names:
         moment = moment + torch.diag(torch.full_like(moment.diagonal(), HEAD_DAMPING * float(moment.diagonal().mean())))
     left = [w - low_ranks[name].product() if name in low_ranks else w for name, w in weights.items()]
     stacked = torch.cat(left) if len(left) > 1 else left[0]
-    parts = [
-        treatment.quantizer.quantize(rows.float(), moment, scheme)
-        for rows in stacked.split(max(1, BLOCK // stacked.shape[1]))
-    ]
-    whole = parts[0]
-    if len(parts) > 1:
-        whole = Quantized(*(torch.cat([getattr(part, key) for part in parts]) for key in PARTS), scheme)
+    whole = in_blocks(stacked, lambda rows: treatment.quantizer.quantize(rows, moment, scheme))
     return dict(_split(whole, weights))
 
 
 PARTS = ("codes", "scales", "zeros")
+
+
+def in_blocks(weight: torch.Tensor, quantize: Callable[[torch.Tensor], Quantized]) -> Quantized:
+    """`quantize` applied to blocks of rows of a matrix (N, K) in float32, so that large ones need little memory."""
+    step = max(1, BLOCK // weight.shape[1])
+    parts = [quantize(weight[start : start + step].detach().float()) for start in range(0, len(weight), step)]
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, zeros = (torch.cat([getattr(part, key) for part in parts]) for key in PARTS)
+    return Quantized(codes, scales, zeros, parts[0].scheme)
 
 
 def _split(stacked: Quantized, weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Quantized]]:
@@ -144,7 +148,7 @@ def _correct(
     low_ranks: dict[str, LowRank] = {}
     for index in range(rounds + 1):
         for name in names:
-            weight = moments.layer.get_submodule(name).weight
+            weight = moments.weight(name)
             metric = Moments(moments.inputs[name], moments.outputs.get(name))
             low_ranks[name] = correct(weight - states[name].dequantize(), metric, ranks[name])
         if index < rounds:
@@ -161,7 +165,7 @@ def _log(
     """Per module: bits, group, rank, output error relative to the output, and the forecast of its share of the KL."""
     rows: dict[str, Any] = {}
     for name, scheme in schemes.items():
-        weight = moments.layer.get_submodule(name).weight
+        weight = moments.weight(name)
         if weight.numel() > BLOCK:
             rows[name] = {"bits": scheme.bits, "group": scheme.group}
             continue
@@ -172,7 +176,8 @@ def _log(
         moment, gradient = moments.inputs[name], moments.outputs.get(name)
         spread = error @ moment  # (N, K)
         whole = float(((weight.float() @ moment) * weight).sum())
-        row = {"bits": scheme.bits, "group": scheme.group, "rank": 0 if low_rank is None else low_rank.a.shape[0]}
+        rank = 0 if low_rank is None else low_rank.a.shape[0]
+        row: dict[str, Any] = {"bits": scheme.bits, "group": scheme.group, "rank": rank}
         row["output_error"] = round(float((spread * error).sum()) / max(whole, 1e-30), 6)
         if gradient is not None:
             weighed = gradient @ error if gradient.dim() == 2 else gradient[:, None] * error

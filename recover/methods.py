@@ -39,12 +39,12 @@ def _none(bench: Workbench) -> None:
 def _recover_lora(bench: Workbench) -> None:
     bench.quantize(correct=False)
     bench.distillation = replace(bench.distillation, adapter_lr=LORA_RATE)
-    bench.train(["adapter"], initial=_random(bench.distillation.seed), scaling=LORA_SCALING)
+    bench.train(("adapter",), initial=_random(bench.distillation.seed), scaling=LORA_SCALING)
 
 
 def _scales(bench: Workbench) -> None:
     bench.quantize(correct=False)
-    bench.train(["scale", "norm"])
+    bench.train(("scale", "norm"))
 
 
 def _corrected(bench: Workbench) -> None:
@@ -53,7 +53,7 @@ def _corrected(bench: Workbench) -> None:
 
 def _full(bench: Workbench) -> None:
     bench.quantize(correct=True)
-    bench.train(["adapter", "scale", "norm"], initial=_random(bench.distillation.seed))
+    bench.train(("adapter", "scale", "norm"), initial=_random(bench.distillation.seed))
 
 
 def _random(seed: int) -> Callable[[str, int, int, int], LowRank]:

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlkit.recover.source import Source, SourceKind
+from rlkit.recover.source import Source, SourceKind, read_shape
 
 Array = NDArray[Any]
+FLOAT32_PARAMETERS = 400_000_000  # above this, float32 would cost more memory than its digits are worth
 
 
 def load_model(source: Source) -> tuple[Any, Any]:
-    """The float32 model in evaluation mode and its tokenizer, from local files only.
+    """The model in evaluation mode and its tokenizer, from local files only.
 
-    A GGUF's integer weights are dequantized by transformers: those values are then the full-precision reference.
+    A model of up to FLOAT32_PARAMETERS is held in float32, a larger one in the type it is stored in. A GGUF's integer
+    weights are dequantized by transformers: those values are then the full-precision reference.
     Raises ValueError for a bundle or checkpoint (neither is a full-precision model) and for unreadable files.
     """
     if source.kind not in (SourceKind.HF, SourceKind.GGUF):
@@ -29,10 +31,11 @@ def load_model(source: Source) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     extra: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    dtype: Any = torch.float32 if read_shape(source).parameters <= FLOAT32_PARAMETERS else "auto"
     with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                source.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **extra
+                source.path, dtype=dtype, local_files_only=True, trust_remote_code=False, **extra
             )
             tokenizer = AutoTokenizer.from_pretrained(
                 source.path, local_files_only=True, trust_remote_code=False, **extra

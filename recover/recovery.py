@@ -30,11 +30,12 @@ import torch
 from rlkit.recover import methods, placement, quantizers
 from rlkit.recover.allocate import Budget
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing
+from rlkit.recover.candidates import Search, plan_units
 from rlkit.recover.checkpoint import write_checkpoint
 from rlkit.recover.corpus import Corpus
 from rlkit.recover.distill import Distillation
 from rlkit.recover.memory import peak_nbytes
-from rlkit.recover.model import fast_dtype, linears, load_model, logits_fn
+from rlkit.recover.model import FLOAT32_PARAMETERS, fast_dtype, linears, load_model, logits_fn
 from rlkit.recover.placement import Placement
 from rlkit.recover.progress import Tell, silent
 from rlkit.recover.recipe import Recipe, Scheme
@@ -102,12 +103,17 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     refuse_existing(out, force=force)
     work = out.with_name(f".{out.name}.work")
     model, tokenizer = load_model(source)
-    if isinstance(recipe, Recipe):  # a bad one is told before any work
+    if isinstance(recipe, Recipe):  # what cannot be done is told before any work
         _parts(model, recipe, settings)
+    else:
+        recipe.allowance(plan_units(model, Search()))
     check_weights(model)
     need_space(out, 4 * sum(parameter.numel() for parameter in model.parameters()))  # the checkpoint and the work on it
     began = time.perf_counter()
-    text = _text(model, tokenizer, settings.sampling, corpus or work / _key(source, settings.sampling), team, tell)
+    if corpus is None:
+        corpus = work / _key(source, settings.sampling)
+        _sample(model, tokenizer, settings.sampling, corpus, team, tell)
+    text = _text(corpus, tokenizer)
     seconds, found = time.perf_counter() - began, None
     if not isinstance(recipe, Recipe):
         found = _search(model, text, settings.amounts, recipe, work / _key(source, text.corpus.facts), team, tell)
@@ -127,7 +133,7 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
         quantizer=quantizers.find(settings.quantizer),
         text=text,
         amounts=settings.amounts,
-        distillation=settings.distillation,
+        distillation=_fitting(settings.distillation, model),
         work=place,
         stages=stages,
         team=team,
@@ -144,6 +150,12 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     if team.main:
         shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def _fitting(plan: Distillation, model: Any) -> Distillation:
+    """Large models recompute their activations: those of a batch would take more memory than the model."""
+    large = sum(parameter.numel() for parameter in model.parameters()) > FLOAT32_PARAMETERS
+    return replace(plan, checkpointing=True) if large else plan
 
 
 def _parts(model: Any, recipe: Recipe, settings: Settings) -> tuple[dict[str, Scheme], dict[str, int]]:
@@ -253,13 +265,17 @@ def check_weights(model: Any) -> None:
             )
 
 
-def _text(model: Any, tokenizer: Any, sampling: Sampling, folder: Path, team: Team, tell: Tell) -> Text:
-    """The corpus and which of its rows are for what; sampled if the folder is not there yet."""
+def _sample(model: Any, tokenizer: Any, sampling: Sampling, folder: Path, team: Team, tell: Tell) -> None:
+    """A corpus of the model's own text, unless the folder holds it already."""
     if team.main and not folder.exists():
         fast = fast_dtype()
         sampler = model if model.dtype == fast else copy.deepcopy(model).to(fast)
         synthesize(sampler, tokenizer, sampling, folder, tell=tell)
     team.wait()
+
+
+def _text(folder: Path, tokenizer: Any) -> Text:
+    """The corpus in `folder`, and which of its rows are for what."""
     corpus = Corpus.open(folder)
     corpus.check_tokenizer(tokenizer)
     rows = np.arange(len(corpus.ids))

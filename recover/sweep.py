@@ -36,6 +36,7 @@ from rlkit.recover.synthesize import draw
 
 LARGEST_OUTPUT = 4096  # above this many outputs only G's diagonal is kept: (N, N) would not fit the scratch folder
 BATCH = 8  # rows through a layer at a time
+LOGITS = 2**26  # at a time: 256 MiB in float32
 HEAD = "lm_head"
 
 
@@ -52,6 +53,10 @@ class LayerMoments:
     layer: torch.nn.Module
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The matrix (N, K) of a linear, by its name inside the layer."""
+        return self.layer.get_parameter(f"{name}.weight")
 
     def full(self, name: str) -> str:
         """The module's name in the whole model."""
@@ -219,17 +224,17 @@ def _output_moments(model: Any, ids: torch.Tensor, wanted: list[str], scratch: P
 def _loss_gradient(model: Any, hidden: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """d(-log p(label)) / d hidden (rows, T, hidden) of the last layer's output, labels drawn from p."""
     gradient, weight = torch.empty_like(hidden), model.lm_head.weight
-    for start in range(0, len(hidden), BATCH):
-        rows = slice(start, start + BATCH)
+    step = max(1, LOGITS // len(weight))  # tokens whose logits exist at one time
+    for last, found in zip(hidden.flatten(0, 1).split(step), gradient.flatten(0, 1).split(step), strict=True):
         with torch.enable_grad():
-            last = hidden[rows].detach().requires_grad_()
-            normed = model.model.norm(last)
+            leaf = last.detach().requires_grad_()
+            normed = model.model.norm(leaf)
         with autocast():
-            logits = torch.nn.functional.linear(normed.detach(), weight).flatten(0, 1)
+            logits = torch.nn.functional.linear(normed.detach(), weight)
             at_head = _sampled_gradient(logits, rng) @ weight.to(logits.dtype)
-        normed.backward(at_head.view_as(normed).to(normed.dtype))
-        assert last.grad is not None
-        gradient[rows] = last.grad
+        normed.backward(at_head.to(normed.dtype))
+        assert leaf.grad is not None
+        found.copy_(leaf.grad)
     return gradient
 
 

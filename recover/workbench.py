@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rlkit.recover.corpus import Corpus
 from rlkit.recover.correct import LowRank
 from rlkit.recover.distill import Distillation, distill
 from rlkit.recover.kept import Kept, States
-from rlkit.recover.layers import Treatment, treat
+from rlkit.recover.layers import Treatment, in_blocks, treat
 from rlkit.recover.memory import peak_nbytes
 from rlkit.recover.model import fast_dtype, linears, set_weights
 from rlkit.recover.progress import Progress, Tell
@@ -164,8 +165,11 @@ class Workbench:
     def _measure_floor(self) -> None:
         """What plain rounding would have given, measured and thrown away; needs the original weights."""
         if self.team.main and not self.stages.finished("round-to-nearest"):
-            modules, schemes = linears(self.model), self.schemes
-            floor = ((name, quantize_nearest(modules[name].weight, schemes[name]).dequantize()) for name in schemes)
+            modules = linears(self.model)
+            floor = (
+                (name, in_blocks(modules[name].weight, partial(quantize_nearest, scheme=scheme)).dequantize())
+                for name, scheme in self.schemes.items()
+            )
             set_weights(self.model, floor)
             self._finish("round-to-nearest")
 
@@ -186,7 +190,7 @@ class Workbench:
             if not isinstance(module, adapter.AdaptedLinear):
                 continue
             low_rank, base = module.low_rank(), module.state()
-            if name in scaled:
+            if name in scaled and not isinstance(base, torch.Tensor):
                 self.scales[name] = base.scales
             weight = base if isinstance(base, torch.Tensor) else base.dequantize()
             if low_rank is not None:

@@ -131,7 +131,7 @@ def test_packages_listed_are_the_folders_there_are() -> None:
     listed = project["tool"]["setuptools"]["packages"]
     assert rooms == sorted(ROOMS)
     assert sorted(listed) == sorted(f"rlkit.{'.'.join(path.parts)}" for path in [*map(Path, rooms), *nested])
-    assert listed == project["tool"]["mypy"]["packages"]
+    assert project["tool"]["mypy"]["packages"] == [name for name in listed if name.count(".") == 1]
 
 
 def test_every_room_is_typed_and_importable() -> None:

@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,16 @@ def test_dry_runs_agree_and_make_nothing(
         (["recover", "hf", "--recipe", "w3"], "no recipe 'w3': named ones are"),
         (["recover", "hf", "--recipe", "bad.toml"], "bad.toml, line 2: bits = 3 is not offered"),
         (["recover", "gemma.gguf"], "architecture gemma3 is not supported"),
+        (["recover", "hf", "--method", "magic"], "no method 'magic'; there are none, recover-lora"),
+        (["recover", "hf", "--quantizer", "magic"], "no quantizer 'magic'; use one of nearest"),
+        (["recover", "hf", "--adapters", "gate-up:x"], "rank 'x' is no whole number"),
+        (["recover", "hf", "--adapters", "*.moon"], "match no linear that can take an adapter"),
+        (["recover", "hf", "--divergence", "sideways"], "direction = 'sideways' is not offered"),
+        (["recover", "hf", "--corpus", "nowhere"], "nowhere"),
+        (["recover", "hf", "--budget", "3.5"], "add --recipe auto, or leave them out"),
+        (["recover", "hf", "--recipe", "auto"], "give one of --budget and --max-bytes"),
+        (["recover", "hf", "--recipe", "auto", "--budget", "0.5"], "bits per weight"),
+        (["recover", "hf", "--degraded", "hf", "--teacher", "hf"], "are two models to recover"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_nothing_is_made(
@@ -113,6 +124,64 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_made(
     line = err.splitlines()[-1]
     assert out == "" and line.startswith("error: ") and words in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "gemma.gguf"]
+
+
+SMALL = ["--sequences", "16", "--length", "16", "--steps", "1"]
+
+
+def test_recover_takes_methods_placements_and_a_corpus(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, corpus = str(models / "hf"), str(tmp_path / "corpus")
+    assert cli.run(["synthesize", model, "-o", corpus, "--sequences", "16", "--length", "16", "--json"]) == 0
+    capsys.readouterr()
+    words = ["recover", model, "-o", str(tmp_path / "a"), "--corpus", corpus, "--method", "recover-lora", *SMALL]
+    assert cli.run([*words, "--adapters", "gate-up:4", "--divergence", "reverse", "--temperature", "2"]) == 0
+    captured = capsys.readouterr()
+    assert "search" in captured.out and "distilled" in captured.out and "synthesize:" not in captured.err
+    facts = json.loads((tmp_path / "a" / "recovery.json").read_text())
+    assert (facts["settings"]["method"], facts["settings"]["adapters"]) == ("recover-lora", "gate-up:4")
+    assert facts["settings"]["distillation"]["direction"] == "reverse"
+    assert json.loads((tmp_path / "a" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_an_automatic_recipe_is_printed_and_saved(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["recover", str(models / "hf"), "-o", str(tmp_path / "a"), "--method", "none", *SMALL]
+    assert cli.run([*words, "--recipe", "auto", "--budget", "4.6", "--dry-run"]) == 0
+    assert "auto-4.6 is found by measuring" in capsys.readouterr().out
+    assert cli.run([*words, "--recipe", "auto", "--budget", "4.6"]) == 0
+    out = capsys.readouterr().out
+    assert 'name = "auto-4.6"' in out and "lm_head" in out
+    assert (tmp_path / "a" / "recipe.toml").read_text() in out
+    facts = json.loads((tmp_path / "a" / "recovery.json").read_text())
+    assert facts["auto"]["rows"] and facts["auto"]["figures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_several_processes_make_what_one_makes(models: Path, tmp_path: Path) -> None:
+    words = ["recover", str(models / "hf"), "--sequences", "24", "--length", "16", "--steps", "4", "--batch", "4"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
+    for name, start in {"one": ["-m"], "two": [*launch, "-m"]}.items():
+        command = [sys.executable, *start, "rlkit.apps.cli", *words, "-o", str(tmp_path / name), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout)["kind"] == "checkpoint"
+    one, two = (json.loads((tmp_path / name / "recovery.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    figures = [[row["divergence"] for row in facts["stages"] if row["divergence"]] for facts in (one, two)]
+    for mine, theirs in zip(*figures, strict=True):
+        assert mine["kl_mean"] == pytest.approx(theirs["kl_mean"], abs=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

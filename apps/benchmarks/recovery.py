@@ -30,7 +30,7 @@ GATE_UP = ("*.gate_proj", "*.up_proj")
 LENGTH = 128
 STEPS = {"16k": 32, "64k": 64, "256k": 160}  # of 16 rows each; 4, 2 and 1.25 times over the text
 BUDGETS = {"16k": 16384, "64k": 65536, "256k": 262144}  # synthetic tokens
-PASSAGES = 500
+PASSAGES = 300
 MAX_STATISTICS_ROWS = 512
 
 
@@ -117,6 +117,7 @@ def _run(case: Case, found: source.Source, held_out: heldout.HeldOut, out: Path,
     )
     wall = time.perf_counter() - began
     facts = source.read_json(folder / "recovery.json")
+    last = facts["stages"][-1]["divergence"]
     result = {
         **asdict(case),
         "stages": facts["stages"],
@@ -124,7 +125,9 @@ def _run(case: Case, found: source.Source, held_out: heldout.HeldOut, out: Path,
         "seconds": round(synthesis_seconds + sum(row["seconds"] for row in facts["stages"]), 1),
         "wall_seconds": round(wall, 1),
         "peak_nbytes": facts["peak_nbytes"],
-        **{key: facts["stages"][-1]["divergence"][key] for key in ("kl_mean", "top1_agreement", "perplexity")},
+        **{key: last[key] for key in ("kl_mean", "kl_stderr", "top1_agreement", "tokens")},
+        "perplexity": last["perplexity_other"],
+        "perplexity_original": last["perplexity_original"],
     }
     write_json(kept, result)
     shutil.rmtree(folder)
