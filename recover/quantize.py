@@ -5,7 +5,8 @@
     zeros   (N, K/group)  uint8; dequantized weight = (codes - zeros) * scales
 
 Round-to-nearest with a range search is the floor that `compensate.py` starts from: for each group, a list of scales and
-zero points is tried and the one with the smallest weighted squared error is kept.
+zero points is tried and the one with the smallest weighted squared error is kept. `quantize_plain` spans each group's
+full range instead, as most tools do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from rlkit.recover.recipe import Scheme
 
 SHRINK_STEPS = 20  # scales tried per zero point, from the full range down
-SHRINK_LOWEST = {2: 0.35, 4: 0.6, 8: 0.9}  # smallest fraction of the full range worth trying, by bits
+SHRINK_LOWEST = {2: 0.25, 4: 0.6, 8: 0.9}  # smallest fraction of the full range worth trying, by bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,22 @@ class Quantized:
         n, k = self.codes.shape
         codes = self.codes.view(n, -1, self.scheme.group).float()
         return ((codes - self.zeros[..., None].float()) * self.scales[..., None]).view(n, k)
+
+
+def checked(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """`weight` (N, K) detached, float32 and contiguous; ValueError if `scheme` cannot hold it or it is not finite."""
+    if weight.dim() != 2 or weight.shape[1] % scheme.group:
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} does not divide into groups of {scheme.group} along its inputs; "
+            "take Scheme.resolve(K), or leave it at bits = 16"
+        )
+    if scheme.bits not in SHRINK_LOWEST:
+        raise ValueError(f"bits = {scheme.bits} has no codes; use one of {tuple(SHRINK_LOWEST)}")
+    weight = weight.detach().float().contiguous()
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"{bad} of {weight.numel()} weights are NaN or infinite; repair the source or fetch it again")
+    return weight
 
 
 def snap_scales(scales: torch.Tensor) -> torch.Tensor:
@@ -97,9 +114,27 @@ def quantize_nearest(weight: torch.Tensor, scheme: Scheme, importance: torch.Ten
     Args:
         weight: (N, K); importance: (K,) or None for a plain squared error.
     """
-    weight = weight.detach().float()
+    weight = checked(weight, scheme)
     scales, zeros = search_grid(weight, scheme, importance)
     return on_grid(weight, scales, zeros, scheme)
+
+
+def quantize_plain(weight: torch.Tensor, scheme: Scheme) -> Quantized:
+    """Round-to-nearest on the grid that spans each group from its smallest to its largest weight; (N, K)."""
+    weight = checked(weight, scheme)
+    scales, zeros = full_range(weight, scheme)
+    return on_grid(weight, scales, zeros, scheme)
+
+
+def full_range(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points (N, G) of the grid that spans every group of `weight` (N, K), and zero."""
+    groups = weight.view(len(weight), -1, scheme.group)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if scheme.symmetric:
+        middle = 2 ** (scheme.bits - 1)
+        return snap_scales(torch.maximum(-low, high) / middle), torch.full_like(low, middle)
+    scale, zero = _covering(low, high, 2**scheme.bits - 1)
+    return snap_scales(scale), zero
 
 
 def on_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scheme: Scheme) -> Quantized:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkit.recover import packing
-from rlkit.recover.quantize import Quantized, on_grid, quantize_nearest, search_grid, snap_scales
+from rlkit.recover.quantize import Quantized, on_grid, quantize_nearest, quantize_plain, search_grid, snap_scales
 from rlkit.recover.recipe import Scheme
 
 SCHEMES = [Scheme(bits, group, symmetric) for bits in (2, 4, 8) for group in (32, 64) for symmetric in (False, True)]
@@ -55,6 +57,27 @@ def test_search_is_never_worse_than_the_full_range(scheme: Scheme, shape: str) -
     plain = errors(weight, full_range(weight, scheme), importance)
     searched = errors(weight, quantize_nearest(weight, scheme, importance), importance)
     assert (searched <= plain * (1 + 1e-5) + 1e-30).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_plain_rounding_spans_the_full_range(scheme: Scheme, shape: str) -> None:
+    weight = weights(2, shape)
+    plain, expected = quantize_plain(weight, scheme), full_range(weight, scheme)
+    assert torch.equal(plain.codes, expected.codes)
+    assert torch.equal(plain.dequantize(), expected.dequantize())
+
+
+@pytest.mark.parametrize("quantize", [quantize_plain, quantize_nearest])
+def test_bad_weights_are_told_in_one_line(quantize: Callable[[torch.Tensor, Scheme], Quantized]) -> None:
+    weight = weights(0, "bell")
+    weight[2, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"^1 of 768 weights are NaN or infinite; .*$"):
+        quantize(weight, Scheme(4, 32))
+    with pytest.raises(ValueError, match=r"shape \(6, 96\) does not divide into groups of 64 .*bits = 16$"):
+        quantize(weights(0, "bell", k=96), Scheme(4, 64))
+    with pytest.raises(ValueError, match="bits = 16 has no codes"):
+        quantize(weights(0, "bell"), Scheme(16, 64))
 
 
 @given(st.integers(0, 2**31), st.sampled_from(sorted(SHAPES)), st.sampled_from(SCHEMES))
