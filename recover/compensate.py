@@ -32,7 +32,7 @@ class Compensation:
     """Damping (fraction of H's mean diagonal added to it), refinement rounds, whether the order follows H."""
 
     damping: float = 0.05
-    rounds: int = 1
+    rounds: int = 2
     ordered: bool = True
 
 
@@ -69,9 +69,9 @@ def compensate(
     moment = damped(checked_moment(moment, weight.shape[1]), options.damping)
     best = _gptq(weight, moment, scheme, options.ordered)
     least = output_error(weight - best.dequantize(), moment)
-    current = best
+    current, pulled = best, weight @ moment
     for _ in range(options.rounds):
-        current = _redescend(weight, moment, _refit_scales(weight, moment, current))
+        current = _redescend(weight, moment, _refit_scales(pulled, moment, current))
         error = output_error(weight - current.dequantize(), moment)
         better = error < least
         best, least = _merge(best, current, better), torch.where(better, error, least)
@@ -137,16 +137,19 @@ def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def _refit_scales(weight: torch.Tensor, moment: torch.Tensor, state: Quantized) -> Quantized:
-    """Group scales (N, G) minimizing the output error for fixed codes: per row, (C H C^T) s = C H w."""
-    n, k = weight.shape
+def _refit_scales(pulled: torch.Tensor, moment: torch.Tensor, state: Quantized) -> Quantized:
+    """Group scales (N, G) minimizing the output error for fixed codes: per row, (C H C^T) s = C H w.
+
+    `pulled` is W H (N, K).
+    """
+    n, k = pulled.shape
     group, groups = state.scheme.group, k // state.scheme.group
     levels = state.codes.view(n, groups, group).float() - state.zeros[..., None].float()
     system = torch.empty(n, groups, groups)
     for g in range(groups):
         spread = levels[:, g] @ moment[g * group : (g + 1) * group]  # (N, K)
         system[:, g] = (spread.view(n, groups, group) * levels).sum(-1)
-    target = ((weight @ moment).view(n, groups, group) * levels).sum(-1)  # (N, G)
+    target = (pulled.view(n, groups, group) * levels).sum(-1)  # (N, G)
     ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-20)
     system = system + torch.diag_embed(ridge.expand(n, groups))
     solved = torch.linalg.solve(system, target[..., None])[..., 0]
