@@ -51,7 +51,7 @@ class Distillation:
     steps: int = 40
     batch: int = 16
     adapter_lr: float = 5e-4
-    scale_lr: float = 1e-3
+    scale_lr: float = 4e-3
     norm_lr: float = 1e-4
     warmup: int = 4
     seed: int = 0
