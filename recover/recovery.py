@@ -29,9 +29,9 @@ import torch
 
 from rlkit.recover import methods, placement, quantizers
 from rlkit.recover.allocate import Budget
-from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing
+from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing, write_json
 from rlkit.recover.candidates import Search, plan_units
-from rlkit.recover.checkpoint import write_checkpoint
+from rlkit.recover.checkpoint import SCHEMA_VERSION, write_checkpoint
 from rlkit.recover.corpus import Corpus
 from rlkit.recover.distill import Distillation
 from rlkit.recover.memory import peak_nbytes
@@ -146,6 +146,8 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
             facts["auto"] = {"rows": found.rows, "figures": found.figures}
         with fresh_folder(out, force=force) as folder:
             write_checkpoint(folder, bench.outcome(), model, tokenizer, recipe, facts)
+            facts = {"schema_version": SCHEMA_VERSION, **facts, "peak_nbytes": peak_nbytes()}
+            write_json(folder / "recovery.json", facts)  # once more, as writing takes memory too
     team.wait()  # the others must not read what is removed now
     if team.main:
         shutil.rmtree(work, ignore_errors=True)
@@ -187,7 +189,6 @@ def _facts(bench: Workbench, settings: Settings, *, measured_on_text: bool) -> d
         "measured_on": "held-out text" if measured_on_text else synthetic,
         "corpus": corpus.facts,
         "synthetic_tokens": int(corpus.ids.size),
-        "peak_nbytes": peak_nbytes(),
         "processes": bench.team.size,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
