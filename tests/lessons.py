@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import tiny
 from rlkit.recover.adapter import AdaptedLinear
 from rlkit.recover.corpus import Targets
 from rlkit.recover.correct import Moments, correct
+from rlkit.recover.distill import KINDS, Step
 from rlkit.recover.model import linears
 from rlkit.recover.quantize import quantize_nearest
 from rlkit.recover.recipe import Scheme
@@ -59,3 +62,30 @@ def student(teacher: Any, dtype: torch.dtype = torch.float32, *, scales: bool = 
             continue
         setattr(made.get_submodule(parent), last, layer)
     return made
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    """What of a student is trained, whatever its kind."""
+    return {name: tensor for name, tensor in model.state_dict().items() if any(is_of(name) for is_of in KINDS.values())}
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two students have learned the very same."""
+    return all(torch.equal(tensor, trained(other)[name]) for name, tensor in trained(one).items())
+
+
+def losses(steps: list[Step]) -> list[tuple[int, float, float | None]]:
+    """The loss curve of a run."""
+    return [(step.index, step.kl, step.held_out) for step in steps]
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports what tests import, on one thread, without a network or a GPU."""
+    tests = str(Path(__file__).parent)
+    return {
+        **os.environ,
+        "PYTHONPATH": tests,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }

@@ -1,4 +1,4 @@
-"""Training lowers the divergence, keeps the best state, ends the same when cut short, and is shared by processes."""
+"""Training lowers the divergence, touches only what it may, keeps the best state, and is shared by processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -21,9 +20,9 @@ from hypothesis import strategies as st
 
 import team
 import tiny
-from lessons import LENGTH, ROWS, Lessons, lessons, student
+from lessons import LENGTH, ROWS, Lessons, environment, equal, lessons, losses, student, trained
 from rlkit.recover.corpus import Targets
-from rlkit.recover.distill import KINDS, Distillation, Step, distill, trainable
+from rlkit.recover.distill import KINDS, Distillation, distill, trainable
 from rlkit.recover.model import fast_dtype, load_model
 from rlkit.recover.source import resolve
 
@@ -49,14 +48,6 @@ def corpus(teacher: Any) -> Lessons:
     return lessons(teacher)
 
 
-def trained(model: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if any(is_of(name) for is_of in KINDS.values())}
-
-
-def equal(one: Any, other: Any) -> bool:
-    return all(torch.equal(tensor, trained(other)[name]) for name, tensor in trained(one).items())
-
-
 def divergence(teacher: Any, student: Any, rows: np.ndarray = ALL) -> float:
     ids = lessons(teacher).ids[rows]
     own, other = (torch.log_softmax(torch.from_numpy(tiny.logits(m, ids)), dim=-1) for m in (teacher, student))
@@ -71,10 +62,6 @@ def coarse(corpus: Lessons, student: Any, rows: np.ndarray) -> torch.Tensor:
     own = torch.cat([chosen, torch.log1p(-chosen.exp().sum(-1, keepdim=True))], dim=-1)
     known = torch.cat([torch.from_numpy(kept.log_probs), torch.from_numpy(kept.rest)[..., None]], dim=-1)
     return (known.exp() * (known - own)).sum(-1).mean()
-
-
-def losses(steps: list[Step]) -> list[tuple[int, float, float | None]]:
-    return [(step.index, step.kl, step.held_out) for step in steps]
 
 
 def test_training_lowers_the_divergence_and_touches_only_what_it_may(teacher: Any, corpus: Lessons) -> None:
@@ -158,58 +145,6 @@ def test_checkpointing_computes_layers_twice_without_training_mode(teacher: Any,
         calls.append(seen)
     checks = 2  # of lm_head, before the first step
     assert calls == [[False] * (checks + 3), [False] * (checks + 6)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stop", [3, 5, 8])
-def test_an_interrupted_run_ends_where_the_whole_one_does(
-    teacher: Any, corpus: Lessons, dtype: torch.dtype, stop: int, tmp_path: Path
-) -> None:
-    if dtype is torch.bfloat16 and fast_dtype() is not dtype:
-        pytest.skip("this processor multiplies float32 only")
-    plan = dataclasses.replace(PLAN, steps=9, save_every=4, check_every=3)
-    whole, broken, resumed = (student(teacher, dtype) for _ in range(3))
-    expected = list(distill(whole, corpus, TRAIN, plan, held_out=HELD_OUT))
-    state = tmp_path / "work" / "distill.safetensors"
-    run = distill(broken, corpus, TRAIN, plan, held_out=HELD_OUT, state=state)
-    begun = [next(run) for _ in range(stop)]
-    del run
-    rest = list(distill(resumed, corpus, TRAIN, plan, held_out=HELD_OUT, state=state))
-    kept = stop // 4 * 4
-    assert [step.index for step in rest] == list(range(kept + 1, 10))
-    assert losses(begun[:kept] + rest) == losses(expected)
-    assert equal(resumed, whole)
-    assert [path.name for path in state.parent.iterdir()] == [state.name]
-    again = student(teacher, dtype)
-    assert list(distill(again, corpus, TRAIN, plan, held_out=HELD_OUT, state=state)) == []
-    assert equal(again, whole)
-
-
-def test_a_killed_process_leaves_a_state_to_go_on_from(folder: Path, tmp_path: Path) -> None:
-    """Killed by itself, without a chance to clean up, between two saved states."""
-    state = tmp_path / "state"
-    kill = "import os, signal, team; team.Path.write_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
-    program = f"{kill} team.main({str(folder)!r}, {str(tmp_path)!r}, {str(state)!r}, '5')"
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, timeout=120)
-    assert done.returncode == -9, done.stderr.decode()
-    original = load_model(resolve(folder))[0]
-    whole, resumed = student(original), student(original)
-    parts = (lessons(original), team.TRAIN, team.PLAN)
-    list(distill(whole, *parts, held_out=team.HELD_OUT))
-    rest = list(distill(resumed, *parts, held_out=team.HELD_OUT, state=state))
-    assert [step.index for step in rest] == [5, 6]
-    assert equal(resumed, whole)
-
-
-def environment() -> dict[str, str]:
-    tests = str(Path(__file__).parent)
-    return {
-        **os.environ,
-        "PYTHONPATH": tests,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
 
 
 def launch(folder: Path, out: Path, *rest: str) -> list[dict[str, Any]]:
@@ -332,33 +267,6 @@ def test_targets_that_are_no_numbers_change_nothing(teacher: Any, corpus: Lesson
     with pytest.raises(ValueError, match="step 1: the divergence is nan"):
         list(distill(learner, corpus, ALL, PLAN))
     assert equal(learner, student(teacher))
-
-
-def test_the_state_of_another_run_is_refused_and_left_alone(teacher: Any, corpus: Lessons, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    plan = dataclasses.replace(PLAN, steps=2)
-    list(distill(student(teacher), corpus, TRAIN, plan, state=state))
-    before = state.read_bytes()
-    others = [
-        (student(teacher), TRAIN, dataclasses.replace(plan, adapter_lr=1e-3)),
-        (student(teacher), ALL, plan),
-        (student(teacher, scales=False), TRAIN, plan),
-    ]
-    for learner, rows, other in others:
-        with pytest.raises(ValueError, match=r"state of another run .* remove it to train from the start"):
-            distill(learner, corpus, rows, other, state=state)
-    assert state.read_bytes() == before
-    cheaper = dataclasses.replace(plan, accumulate=2, checkpointing=True, save_every=1)  # the same result
-    assert list(distill(student(teacher), corpus, TRAIN, cheaper, state=state)) == []
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\xff" * 99])
-def test_a_damaged_state_is_refused(teacher: Any, corpus: Lessons, damage: Any, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    list(distill(student(teacher), corpus, TRAIN, dataclasses.replace(PLAN, steps=1), state=state))
-    state.write_bytes(damage(state.read_bytes()))
-    with pytest.raises(ValueError, match=r"cannot be read .* remove it to train from the start"):
-        distill(student(teacher), corpus, TRAIN, dataclasses.replace(PLAN, steps=1), state=state)
 
 
 def test_rows_that_are_not_there_are_refused(teacher: Any, corpus: Lessons) -> None:
