@@ -40,7 +40,9 @@ def assemble() -> Team:
     """The team that the environment describes: alone, unless a launcher started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Team()
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    return Team(Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_STAGE)]))
+    waiting = InitProcessGroupKwargs(timeout=LONGEST_STAGE)
+    return Team(Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waiting]))

@@ -128,6 +128,7 @@ class Workbench:
         ):
             note = f"KL {step.kl:.3f} on synthetic text"
             self.tell(Progress("distill", step.index, self.distillation.steps, note))
+        self.model.cpu()  # an accelerator may have had it
         self._restore(scaled)
         self._finish("distilled")
 

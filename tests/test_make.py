@@ -170,7 +170,7 @@ def test_several_processes_make_what_one_makes(models: Path, tmp_path: Path) -> 
     words = ["recover", str(models / "hf"), "--sequences", "24", "--length", "16", "--steps", "4", "--batch", "4"]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     for name, start in {"one": ["-m"], "two": [*launch, "-m"]}.items():
         command = [sys.executable, *start, "rlkit.apps.cli", *words, "-o", str(tmp_path / name), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
