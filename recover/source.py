@@ -172,7 +172,7 @@ def _folder(name: str, path: Path) -> Source:
     if (path / "genai_config.json").is_file():
         return Source(name, SourceKind.BUNDLE, path)
     if (path / "recovery.json").is_file():
-        return Source(name, SourceKind.CHECKPOINT, path)
+        return _recovered(name, path)
     if (path / "config.json").is_file():
         quantization = read_json(path / "config.json").get("quantization_config") or {}
         olive = quantization.get("quant_method") == "olive"
@@ -185,6 +185,17 @@ def _folder(name: str, path: Path) -> Source:
     if (path / "adapter_config.json").is_file():
         raise ValueError(f"{name} is an adapter alone; name the model it belongs to")
     raise ValueError(f"{name} is no model folder: no config.json, genai_config.json or .gguf in it; give {ACCEPTED}")
+
+
+def _recovered(name: str, path: Path) -> Source:
+    """A checkpoint; or, recovered from a damaged float model, such a model again, or its adapter alone."""
+    facts = read_json(path / "recovery.json")
+    if "merged" not in facts:
+        return Source(name, SourceKind.CHECKPOINT, path)
+    if not facts["merged"]:
+        base = (facts.get("degraded") or {}).get("reference", "a damaged model")
+        raise ValueError(f"{name} is an adapter alone, for {base}; recover that one with --merge to have a whole model")
+    return Source(name, SourceKind.HF, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

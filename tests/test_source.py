@@ -291,3 +291,12 @@ def test_damaged_bytes_in_a_gguf_head_never_crash(tmp_path: Path) -> None:
             ggufheader.read_header(path)
         except ValueError as error:
             assert "download it again" in str(error)
+
+
+def test_a_repaired_model_is_a_float_model_and_its_adapter_alone_is_none(hf: Path, tmp_path: Path) -> None:
+    made = Path(shutil.copytree(hf, tmp_path / "made"))
+    (made / "recovery.json").write_text('{"merged": true}')
+    assert source.resolve(made).kind == SourceKind.HF
+    (made / "recovery.json").write_text('{"merged": false, "degraded": {"reference": "damaged"}}')
+    with pytest.raises(ValueError, match=r"is an adapter alone, for damaged; recover that one with --merge"):
+        source.resolve(made)
