@@ -53,7 +53,12 @@ class Search:
     rounds: how often quantization and correction alternate after the first of each.
     """
 
-    schemes: tuple[Scheme, ...] = (Scheme(2, 64), Scheme(2, 64, adapter_rank=32), Scheme(4, 128), Scheme(4, 32))
+    schemes: tuple[Scheme, ...] = (
+        Scheme(2, 64),
+        Scheme(2, 64, adapter_rank=32),
+        Scheme(4, 128),
+        Scheme(4, 128, adapter_rank=32),  # for about the bytes of group 32, less damage
+    )
     head_schemes: tuple[Scheme, ...] = (Scheme(4, 128), Scheme(4, 32))
     fixed: tuple[Recipe, ...] = field(default_factory=lambda: tuple(load(name) for name in NAMED))
     rounds: int = 1

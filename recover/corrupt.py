@@ -49,9 +49,9 @@ def noise(weight: torch.Tensor, amount: float, rng: torch.Generator) -> torch.Te
 
 def dtype(weight: torch.Tensor, amount: float, _rng: torch.Generator) -> torch.Tensor:
     """Round to float8 e4m3 after scaling down by 2^amount, then scale back up."""
-    scale = 2.0**-amount
-    stored = (weight * scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return stored.float() / scale
+    stored = (weight * 2.0**-amount).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    back: torch.Tensor = stored.float() * 2.0**amount
+    return back
 
 
 def zero(weight: torch.Tensor, amount: float, rng: torch.Generator) -> torch.Tensor:

@@ -51,8 +51,8 @@ class Distillation:
     steps: int = 40
     batch: int = 16
     adapter_lr: float = 5e-4
-    scale_lr: float = 4e-3
-    norm_lr: float = 1e-4
+    scale_lr: float = 8e-3
+    norm_lr: float = 1e-3
     warmup: int = 4
     seed: int = 0
     train: tuple[str, ...] = ("adapter", "scale", "norm")

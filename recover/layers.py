@@ -64,7 +64,7 @@ def treat(moments: LayerMoments, treatment: Treatment) -> LayerState:
         quantized |= _quantize(moments, group, schemes, treatment, {})
         if treatment.rounds is not None:
             corrected |= _correct(moments, group, schemes, treatment, quantized)
-    log = {"layer": moments.prefix or HEAD, "modules": _log(moments, schemes, quantized, corrected)}
+    log: dict[str, Any] = {"layer": moments.prefix or HEAD, "modules": _log(moments, schemes, quantized, corrected)}
     log["seconds"] = round(time.perf_counter() - began, 2)
     full = moments.full
     return LayerState(

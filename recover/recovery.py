@@ -112,8 +112,8 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     began = time.perf_counter()
     if corpus is None:
         corpus = work / _key(source, settings.sampling)
-        _sample(model, tokenizer, settings.sampling, corpus, team, tell)
-    text = _text(corpus, tokenizer)
+        sample(model, tokenizer, settings.sampling, corpus, team, tell)
+    text = open_text(corpus, tokenizer)
     seconds, found = time.perf_counter() - began, None
     if not isinstance(recipe, Recipe):
         found = _search(model, text, settings.amounts, recipe, work / _key(source, text.corpus.facts), team, tell)
@@ -266,7 +266,7 @@ def check_weights(model: Any) -> None:
             )
 
 
-def _sample(model: Any, tokenizer: Any, sampling: Sampling, folder: Path, team: Team, tell: Tell) -> None:
+def sample(model: Any, tokenizer: Any, sampling: Sampling, folder: Path, team: Team, tell: Tell) -> None:
     """A corpus of the model's own text, unless the folder holds it already."""
     if team.main and not folder.exists():
         fast = fast_dtype()
@@ -275,7 +275,7 @@ def _sample(model: Any, tokenizer: Any, sampling: Sampling, folder: Path, team: 
     team.wait()
 
 
-def _text(folder: Path, tokenizer: Any) -> Text:
+def open_text(folder: Path, tokenizer: Any) -> Text:
     """The corpus in `folder`, and which of its rows are for what."""
     corpus = Corpus.open(folder)
     corpus.check_tokenizer(tokenizer)

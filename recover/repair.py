@@ -13,7 +13,6 @@ are read one at a time; of whole models, only one is in memory.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
@@ -23,26 +22,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rlkit.recover import adapter, differences, placement, recovery
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing, write_json
 from rlkit.recover.checkpoint import SCHEMA_VERSION
-from rlkit.recover.corpus import Corpus
 from rlkit.recover.corrupt import FILE as CORRUPTION
 from rlkit.recover.memory import peak_nbytes
 from rlkit.recover.mend import Bench
-from rlkit.recover.model import fast_dtype, linears, load_model, logits_fn
+from rlkit.recover.model import linears, load_model, logits_fn
 from rlkit.recover.placement import Placement
 from rlkit.recover.progress import Tell, silent
-from rlkit.recover.recovery import HELD_OUT_ROWS, Against, Settings
+from rlkit.recover.recovery import Against, Settings
 from rlkit.recover.source import Source, SourceKind, read_json
 from rlkit.recover.stages import Stages, corpus_measure
-from rlkit.recover.synthesize import Sampling, synthesize
 from rlkit.recover.team import Team
 from rlkit.recover.weights import Weights, identity, need_float, rewrite
-from rlkit.recover.workbench import Text
 
 METHODS = ("recover-lora", "corrected", "full")
 PLACEMENT: tuple[Placement, ...] = placement.parse("all:32")
@@ -82,8 +77,8 @@ def repair(  # noqa: PLR0913, a job and where its parts lie
     began = time.perf_counter()
     if corpus is None:
         corpus = work / f"corpus-{_key(key, asdict(settings.sampling))}"
-        _sample(model, tokenizer, settings.sampling, corpus, team, tell)
-    text = _text(corpus, tokenizer)
+        recovery.sample(model, tokenizer, settings.sampling, corpus, team, tell)
+    text = recovery.open_text(corpus, tokenizer)
     seconds = time.perf_counter() - began
     job = [key, identity(degraded), recovery.settings_json(settings), merge, text.corpus.facts, against is not None]
     place = work / _key(*job)
@@ -111,24 +106,6 @@ def repair(  # noqa: PLR0913, a job and where its parts lie
 def _key(*parts: Any) -> str:
     """A short key of everything that decides a result, so that kept work is only reused for the same job."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sample(model: Any, tokenizer: Any, sampling: Sampling, folder: Path, team: Team, tell: Tell) -> None:
-    """A corpus of the teacher's own text, unless the folder holds it already."""
-    if team.main and not folder.exists():
-        sampler = model if model.dtype == fast_dtype() else copy.deepcopy(model).to(fast_dtype())
-        synthesize(sampler, tokenizer, sampling, folder, tell=tell)
-    team.wait()
-
-
-def _text(folder: Path, tokenizer: Any) -> Text:
-    """The corpus in `folder`, and which of its rows are for what."""
-    corpus = Corpus.open(folder)
-    corpus.check_tokenizer(tokenizer)
-    rows = np.arange(len(corpus.ids))
-    if len(rows) <= HELD_OUT_ROWS:
-        raise ValueError(f"{folder} has {len(rows)} rows; more than {HELD_OUT_ROWS} are needed, which are held out")
-    return Text(corpus, rows[HELD_OUT_ROWS:], rows[:HELD_OUT_ROWS])
 
 
 def checked(settings: Settings) -> Settings:

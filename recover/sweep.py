@@ -171,8 +171,8 @@ def _pass_through(
 def _head_moment(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """H of lm_head (hidden, hidden)."""
     total = torch.zeros(hidden.shape[-1], hidden.shape[-1])
-    for part in hidden.split(BATCH):
-        x = model.model.norm(part).float().flatten(0, 1)
+    for start in range(0, len(hidden), BATCH):
+        x = model.model.norm(hidden[start : start + BATCH]).float().flatten(0, 1)
         total.addmm_(x.T, x)
     return total / (hidden.shape[0] * hidden.shape[1])
 
@@ -225,16 +225,17 @@ def _loss_gradient(model: Any, hidden: torch.Tensor, rng: torch.Generator) -> to
     """d(-log p(label)) / d hidden (rows, T, hidden) of the last layer's output, labels drawn from p."""
     gradient, weight = torch.empty_like(hidden), model.lm_head.weight
     step = max(1, LOGITS // len(weight))  # tokens whose logits exist at one time
-    for last, found in zip(hidden.flatten(0, 1).split(step), gradient.flatten(0, 1).split(step), strict=True):
+    before, after = hidden.flatten(0, 1), gradient.flatten(0, 1)  # (tokens, hidden)
+    for start in range(0, len(before), step):
         with torch.enable_grad():
-            leaf = last.detach().requires_grad_()
+            leaf = before[start : start + step].detach().requires_grad_()
             normed = model.model.norm(leaf)
         with autocast():
             logits = torch.nn.functional.linear(normed.detach(), weight)
             at_head = _sampled_gradient(logits, rng) @ weight.to(logits.dtype)
-        normed.backward(at_head.to(normed.dtype))
+        torch.autograd.backward(normed, at_head.to(normed.dtype))
         assert leaf.grad is not None
-        found.copy_(leaf.grad)
+        after[start : start + step] = leaf.grad
     return gradient
 
 
@@ -257,7 +258,7 @@ def _pass_back(
         rows = slice(start, start + BATCH)
         with torch.enable_grad():
             x = hidden[rows].float().requires_grad_()
-            _call(layer, x, keywords).backward(gradient[rows])
+            torch.autograd.backward(_call(layer, x, keywords), gradient[rows])
         assert x.grad is not None
         gradient[rows] = x.grad
     for hook in hooks:

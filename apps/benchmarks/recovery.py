@@ -28,9 +28,9 @@ from rlkit.recover.recipe import METHODS, QUANTIZERS, Recipe, Rule, Scheme
 
 GATE_UP = ("*.gate_proj", "*.up_proj")
 LENGTH = 128
-STEPS = {"16k": 32, "64k": 64, "256k": 160}  # of 16 rows each; 4, 2 and 1.25 times over the text
+STEPS = {"16k": 32, "64k": 64, "256k": 128}  # of 16 rows each: 4 times over the text, twice, once
 BUDGETS = {"16k": 16384, "64k": 65536, "256k": 262144}  # synthetic tokens
-PASSAGES = 300
+PASSAGES = 200
 MAX_STATISTICS_ROWS = 512
 
 
@@ -57,7 +57,8 @@ class Case:
 
 
 SUITES: dict[str, tuple[Case, ...]] = {
-    "methods": (*(Case(method) for method in METHODS), Case("recover-lora", "gptq")),
+    "methods": tuple(Case(method) for method in METHODS),
+    "lora": (Case("recover-lora"), Case("recover-lora", "gptq")),
     "ranks": (Case("full", rank=32), Case("full", rank=64)),
     "budgets": tuple(Case(method, tokens=tokens) for tokens in BUDGETS for method in ("recover-lora", "full")),
     "groups": tuple(Case(method, group=group) for group in (32, 64) for method in ("none", "full")),
