@@ -89,6 +89,7 @@ def main(
         cases = dict.fromkeys(case for name in asked if name in SUITES for case in SUITES[name])
         wanted = [case for case in cases if tokens is None or case.tokens in tokens.split(",")]
         results["cases"] = [_run(case, found, held_out, out, tell) for case in wanted]
+        results["original"] = _original(found, held_out, out, tell)
     write_json(out / f"{'-'.join(asked)}.json", results)
     if json:
         console.emit_json(results)
@@ -133,6 +134,18 @@ def _run(case: Case, found: source.Source, held_out: heldout.HeldOut, out: Path,
     write_json(kept, result)
     shutil.rmtree(folder)
     return result
+
+
+def _original(found: source.Source, held_out: heldout.HeldOut, out: Path, tell: Tell) -> dict[str, Any]:
+    """What the original does with the same last words."""
+    kept = out / "original.json"
+    if not kept.is_file():
+        from rlkit.recover.model import load_model, logits_fn
+
+        model, tokenizer = load_model(found)
+        passages = lastword.read_passages(held_out.text, tokenizer.encode, count=PASSAGES)
+        write_json(kept, {"last_word": lastword.accuracy(logits_fn(model), passages, tell), "passages": len(passages)})
+    return source.read_json(kept)
 
 
 def _figures(folder: Path, requests: Path, tell: Tell) -> dict[str, Any]:
@@ -213,6 +226,9 @@ def _show(results: dict[str, Any]) -> None:
             )
         )
     if rows:
+        plain, original = results["cases"][0]["perplexity_original"], results["original"]
+        words = f"{100 * original['last_word']:.1f}% of {original['passages']} last words"
+        console.emit(f"the original: perplexity {plain:.1f}, {words}")
         console.table((*columns, "seconds", "bits/weight"), rows, title=f"{results['model']}, gate and up at 2 bits")
 
 
