@@ -64,6 +64,16 @@ class Search:
     rounds: int = 1
     quantize: Quantize = quantize
 
+    def without_adapters(self) -> Search:
+        """The same search for a method that keeps no adapters, so that no bytes are set aside for them."""
+        schemes = dict.fromkeys(replace(scheme, adapter_rank=0) for scheme in self.schemes)
+        return replace(self, schemes=tuple(schemes), fixed=tuple(_bare(recipe) for recipe in self.fixed))
+
+
+def _bare(recipe: Recipe) -> Recipe:
+    rules = (replace(rule, scheme=replace(rule.scheme, adapter_rank=0)) for rule in recipe.rules)
+    return replace(recipe, rules=tuple(rules))
+
 
 def plan_units(model: Any, search: Search) -> list[Unit]:
     """The units of a model and their choices, damage still unknown; what no group divides is left out.

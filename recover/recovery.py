@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     if isinstance(recipe, Recipe):  # what cannot be done is told before any work
         _parts(model, recipe, settings)
     else:
-        recipe.allowance(plan_units(model, Search()))
+        recipe.allowance(plan_units(model, _candidates(settings)))
     check_weights(model)
     need_space(out, 4 * sum(parameter.numel() for parameter in model.parameters()))  # the checkpoint and the work on it
     began = time.perf_counter()
@@ -116,7 +117,7 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     text = open_text(corpus, tokenizer)
     seconds, found = time.perf_counter() - began, None
     if not isinstance(recipe, Recipe):
-        found = _search(model, text, settings.amounts, recipe, work / _key(source, text.corpus.facts), team, tell)
+        found = _search(model, text, settings, recipe, work / _key(source, text.corpus.facts), team, tell)
         recipe = found.recipe
     settings = settings.under(recipe)
     place = work / (
@@ -165,15 +166,21 @@ def _parts(model: Any, recipe: Recipe, settings: Settings) -> tuple[dict[str, Sc
     return resolved_schemes(model, recipe), resolved_ranks(model, recipe, settings.under(recipe))
 
 
-def _search(model: Any, text: Text, amounts: Amounts, budget: Budget, folder: Path, team: Team, tell: Tell) -> Auto:
+def _candidates(settings: Settings) -> Search:
+    """What an automatic recipe may choose from."""
+    adapters = methods.find(settings.method or "full").adapters
+    return Search() if adapters else Search().without_adapters()
+
+
+def _search(model: Any, text: Text, settings: Settings, budget: Budget, folder: Path, team: Team, tell: Tell) -> Auto:
     """The best recipe within a budget, measured on rows of the corpus; every process finds the same."""
-    ids = text.corpus.ids
+    ids, amounts = text.corpus.ids, settings.amounts
     rows = Rows(ids[text.train[: amounts.statistics_rows]], amounts.output_rows)
-    work = SearchWork(rows, ids[text.held_out], folder)
+    find = partial(auto_recipe, model, SearchWork(rows, ids[text.held_out], folder), budget, _candidates(settings))
     if team.main:
-        found = auto_recipe(model, work, budget, tell=tell)
+        found = find(tell=tell)
     team.wait()
-    return found if team.main else auto_recipe(model, work, budget)  # from the folder, which takes seconds
+    return found if team.main else find()  # from the folder, which takes seconds
 
 
 def _facts(bench: Workbench, settings: Settings, *, measured_on_text: bool) -> dict[str, Any]:

@@ -203,3 +203,11 @@ def test_the_quantizer_can_be_replaced(model: Any, tmp_path: Path) -> None:
     search = Search(schemes=(S4,), head_schemes=(S4,), fixed=(), quantize=coarse)
     found = quantize_all(model, ROWS, plan_units(model, search), search, tmp_path)
     assert float(found.weight("model.layers.0.mlp.up_proj", S4).abs().max()) == 0
+
+
+def test_a_search_without_adapters_offers_none() -> None:
+    bare = Search().without_adapters()
+    assert len(bare.schemes) == len(set(bare.schemes)) < len(Search().schemes)
+    schemes = [*bare.schemes, *(rule.scheme for recipe in bare.fixed for rule in recipe.rules)]
+    assert not any(scheme.adapter_rank for scheme in schemes)
+    assert [recipe.name for recipe in bare.fixed] == [recipe.name for recipe in Search().fixed]
