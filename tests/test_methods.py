@@ -22,7 +22,7 @@ from rlkit.recover.workbench import Amounts
 from test_recovery import Run, run
 
 GATE_UP = Recipe("gate-up", (Rule(("*.gate_proj", "*.up_proj"), Scheme(2, 64, adapter_rank=8)),))
-PLAN = Distillation(steps=16, batch=8, warmup=1)
+PLAN = Distillation(steps=18, batch=16, warmup=1, scale_lr=2e-3, norm_lr=1e-4)  # a tiny model
 SETTINGS = Settings(amounts=Amounts(statistics_rows=32, output_rows=16, rounds=1), distillation=PLAN)
 
 
@@ -34,7 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 @pytest.fixture(scope="module")
 def corpus(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus") / "text"
-    synthesize(*load_model(source), Sampling(sequences=48, length=24), folder)
+    synthesize(*load_model(source), Sampling(sequences=160, length=32), folder)
     return folder
 
 

@@ -29,7 +29,7 @@ IDS = np.random.default_rng(0).integers(3, tiny.VOCAB, (4, 24))
 QUICK = Settings(
     sampling=Sampling(sequences=28, length=24, batch=14),
     amounts=Amounts(statistics_rows=16, output_rows=9, rounds=1),
-    distillation=Distillation(steps=12, batch=8, warmup=1),
+    distillation=Distillation(steps=12, batch=8, warmup=1, scale_lr=2e-3, norm_lr=1e-4),  # the text is short
 )
 STAGES = ["synthesize", "layers", "round-to-nearest", "compensated", "corrected", "distilled"]
 
