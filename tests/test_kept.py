@@ -22,9 +22,7 @@ def quantized(name: str, seed: int = 0) -> Quantized:
 
 
 def state(prefix: str, *names: str, corrected: bool = False) -> LayerState:
-    pairs = {
-        name: (quantized(name, 1), LowRank(torch.randn(3, 192), torch.randn(5, 3))) for name in names if corrected
-    }
+    pairs = {name: (quantized(name, 1), LowRank(torch.randn(3, 192), torch.randn(5, 3))) for name in names if corrected}
     others = {"model.layers.0.norm.weight": torch.rand(7)}
     return LayerState(prefix, {name: quantized(name) for name in names}, pairs, others, {"layer": prefix})
 
