@@ -32,7 +32,7 @@ from rlkit.recover.recipe import GROUPS, NAMED, Recipe, Scheme, load
 from rlkit.recover.sweep import HEAD, LayerMoments, Rows, sweep
 
 HEAD_DAMPING = 0.1  # a tied lm_head is the embedding too, where every input counts alike: a rounder metric serves both
-BLOCK = 2**25  # weights of a stacked or large matrix quantized at a time
+BLOCK = 2**23  # weights of a stacked or large matrix quantized at a time
 Quantize = Callable[[torch.Tensor, torch.Tensor, Scheme], Quantized]
 Key = tuple[str, Scheme]  # full module name and the scheme carried out
 

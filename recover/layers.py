@@ -21,7 +21,7 @@ from rlkit.recover.recipe import Scheme
 from rlkit.recover.sweep import HEAD, LayerMoments
 
 HEAD_DAMPING = 0.1  # a tied lm_head is the embedding too, where every input counts alike: a rounder metric serves both
-BLOCK = 2**25  # weights quantized at a time: 128 MiB in float32
+BLOCK = 2**23  # weights quantized at a time: 32 MiB in float32, of which compensation needs about ten
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def _log(
     rows: dict[str, Any] = {}
     for name, scheme in schemes.items():
         weight = moments.weight(name)
-        if weight.numel() > BLOCK:
+        if name == HEAD:  # too large for products in float32, and no gradient moment to weigh it by
             rows[name] = {"bits": scheme.bits, "group": scheme.group}
             continue
         state, low_rank = corrected.get(name, (quantized[name], None))
