@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,15 @@ from rlkit.recover.adapter import snap
 from rlkit.recover.allocate import Choice, Unit, stored_nbytes
 from rlkit.recover.atomic import need_space
 from rlkit.recover.compensate import Compensation, compensate
-from rlkit.recover.correct import LowRank, Moments, correct
+from rlkit.recover.correct import LowRank, Moments, correct, forecast
+from rlkit.recover.layers import stacked
 from rlkit.recover.model import linears
 from rlkit.recover.progress import Progress, Tell, silent
 from rlkit.recover.quantize import Quantized, quantize_nearest
+from rlkit.recover.quantizers import Quantize
 from rlkit.recover.recipe import GROUPS, NAMED, Recipe, Scheme, load
 from rlkit.recover.sweep import HEAD, LayerMoments, Rows, sweep
 
-HEAD_DAMPING = 0.1  # a tied lm_head is the embedding too, where every input counts alike: a rounder metric serves both
-BLOCK = 2**23  # weights of a stacked or large matrix quantized at a time
-Quantize = Callable[[torch.Tensor, torch.Tensor, Scheme], Quantized]
 Key = tuple[str, Scheme]  # full module name and the scheme carried out
 
 
@@ -164,7 +163,8 @@ def try_layer(layer: LayerMoments, wanted: Mapping[str, Sequence[Scheme]], searc
         base = replace(scheme, adapter_rank=0)
         weights = {name: modules[name].weight.detach().float() for name in names}
         if not all((name, base) in plain for name in names):
-            plain |= {(name, base): state for name, state in _stacked(weights, layer, base, search)}
+            found = stacked(weights, layer.inputs[names[0]], base, search.quantize)
+            plain |= {(name, base): state for name, state in found.items()}
         states = {name: plain[name, base] for name in names}
         low_ranks: dict[str, LowRank] = {}
         if scheme.adapter_rank:
@@ -173,27 +173,9 @@ def try_layer(layer: LayerMoments, wanted: Mapping[str, Sequence[Scheme]], searc
             error = weight - states[name].dequantize()
             low_rank = low_ranks.get(name)
             error = error if low_rank is None else error - low_rank.product()
-            forecast = _damage(error, layer.inputs[name], layer.outputs.get(name))
-            made[layer.full(name), scheme] = Candidate(states[name], low_rank, forecast)
+            damage = forecast(error, Moments(layer.inputs[name], layer.outputs.get(name)))
+            made[layer.full(name), scheme] = Candidate(states[name], low_rank, damage)
     return made
-
-
-def _stacked(
-    weights: Mapping[str, torch.Tensor], layer: LayerMoments, scheme: Scheme, search: Search
-) -> Iterator[tuple[str, Quantized]]:
-    first = next(iter(weights))
-    moment = layer.inputs[first]
-    if first == HEAD:
-        moment = moment + HEAD_DAMPING * moment.diagonal().mean() * torch.eye(len(moment))
-    whole = torch.cat(list(weights.values())) if len(weights) > 1 else weights[first]
-    height = max(1, BLOCK // whole.shape[1])
-    blocks = [search.quantize(whole[at : at + height], moment, scheme) for at in range(0, len(whole), height)]
-    start = 0
-    codes, scales, zeros = (torch.cat([getattr(block, part) for block in blocks]) for part in _PARTS)
-    for name, weight in weights.items():
-        rows = slice(start, start + len(weight))
-        yield name, Quantized(codes[rows], scales[rows], zeros[rows], scheme)
-        start = rows.stop
 
 
 _PARTS = ("codes", "scales", "zeros")
@@ -215,16 +197,8 @@ def _alternate(
             low_ranks[name] = correct(weight - states[name].dequantize(), moments, scheme.adapter_rank)
         if index < search.rounds:
             left = {name: weight - low_ranks[name].product() for name, weight in weights.items()}
-            states = dict(_stacked(left, layer, base, search))
+            states = stacked(left, layer.inputs[next(iter(left))], base, search.quantize)
     return states, {name: snap(low_rank) for name, low_rank in low_ranks.items()}
-
-
-def _damage(error: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor | None) -> float:
-    """trace(G E H E^T) / 2 for an error (N, K); G = 1 where there is none."""
-    spread = error @ inputs  # (N, K)
-    if outputs is not None:
-        error = outputs @ error if outputs.dim() == 2 else outputs[:, None] * error
-    return max(0.0, float((spread * error).sum(dtype=torch.float64)) / 2)
 
 
 class Candidates:
@@ -264,8 +238,8 @@ class Candidates:
             path.unlink()
             return
         self.done.append(facts["prefix"])
-        for module, tag, forecast in json.loads(facts["forecasts"]):
-            self._forecasts[module, tag] = forecast
+        for module, tag, damage in json.loads(facts["forecasts"]):
+            self._forecasts[module, tag] = damage
             self._files[module] = path
 
     def forecast(self, module: str, scheme: Scheme) -> float:

@@ -54,6 +54,14 @@ def correct(error: torch.Tensor, moments: Moments, rank: int) -> LowRank:
     return LowRank(a * balance[:, None], b / balance)
 
 
+def forecast(error: torch.Tensor, moments: Moments) -> float:
+    """trace(G E H E^T) / 2: the KL divergence that an error E (N, K) is expected to cause (sweep.py); G = 1 if None."""
+    spread = error @ moments.input  # (N, K)
+    if moments.output is not None:
+        error = moments.output @ error if moments.output.dim() == 2 else moments.output[:, None] * error
+    return max(0.0, float((spread * error).sum(dtype=torch.float64)) / 2)
+
+
 def _factor(output: torch.Tensor) -> torch.Tensor:
     """Damped square root of G: lower triangular L (N, N) with G = L L^T, or (N,) where G is a diagonal."""
     if output.dim() == 1:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from rlkit.recover.correct import LowRank, Moments, correct
+from rlkit.recover.correct import LowRank, Moments, correct, forecast
 from rlkit.recover.model import linears
 from rlkit.recover.quantize import Quantized
-from rlkit.recover.quantizers import Quantizer, equalize
+from rlkit.recover.quantizers import Quantize, Quantizer, equalize
 from rlkit.recover.recipe import Scheme
 from rlkit.recover.sweep import HEAD, LayerMoments
 
@@ -100,13 +100,19 @@ def _quantize(
 ) -> dict[str, Quantized]:
     """The stacked matrices of `names`, less the corrections they have already, on their grids."""
     weights = {name: moments.weight(name) for name in names}
-    moment, scheme = moments.inputs[names[0]], schemes[names[0]]
-    if HEAD in names:
+    left = {name: w - low_ranks[name].product() if name in low_ranks else w for name, w in weights.items()}
+    return stacked(left, moments.inputs[names[0]], schemes[names[0]], treatment.quantizer.quantize)
+
+
+def stacked(
+    weights: Mapping[str, torch.Tensor], moment: torch.Tensor, scheme: Scheme, quantize: Quantize
+) -> dict[str, Quantized]:
+    """Matrices (N, K) that share their input moment (K, K) and scheme, by name, quantized as one."""
+    if HEAD in weights:
         moment = moment + torch.diag(torch.full_like(moment.diagonal(), HEAD_DAMPING * float(moment.diagonal().mean())))
-    left = [w - low_ranks[name].product() if name in low_ranks else w for name, w in weights.items()]
-    stacked = torch.cat(left) if len(left) > 1 else left[0]
-    whole = in_blocks(stacked, lambda rows: treatment.quantizer.quantize(rows, moment, scheme))
-    return dict(_split(whole, weights))
+    parts = list(weights.values())
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return dict(_split(in_blocks(whole, lambda rows: quantize(rows, moment, scheme)), weights))
 
 
 PARTS = ("codes", "scales", "zeros")
@@ -173,14 +179,12 @@ def _log(
         error = weight.float() - state.dequantize()
         if low_rank is not None:
             error = error - low_rank.product()
-        moment, gradient = moments.inputs[name], moments.outputs.get(name)
-        spread = error @ moment  # (N, K)
-        whole = float(((weight.float() @ moment) * weight).sum())
+        metric = Moments(moments.inputs[name], moments.outputs.get(name))
+        whole = float(((weight.float() @ metric.input) * weight).sum())
         rank = 0 if low_rank is None else low_rank.a.shape[0]
         row: dict[str, Any] = {"bits": scheme.bits, "group": scheme.group, "rank": rank}
-        row["output_error"] = round(float((spread * error).sum()) / max(whole, 1e-30), 6)
-        if gradient is not None:
-            weighed = gradient @ error if gradient.dim() == 2 else gradient[:, None] * error
-            row["kl_forecast"] = round(float((spread * weighed).sum()) / 2, 6)
+        row["output_error"] = round(float(((error @ metric.input) * error).sum()) / max(whole, 1e-30), 6)
+        if metric.output is not None:
+            row["kl_forecast"] = round(forecast(error, metric), 6)
         rows[name] = row
     return rows

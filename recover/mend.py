@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from rlkit.recover import adapter
-from rlkit.recover.correct import LowRank, Moments, correct
+from rlkit.recover.correct import LowRank, Moments, correct, forecast
 from rlkit.recover.corrupt import relative_error
 from rlkit.recover.distill import Distillation, distill
 from rlkit.recover.memory import peak_nbytes
@@ -213,13 +213,6 @@ class Bench:
         for name, parameter in self.model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.copy_(parameter.to(self.weights[name].dtype))
-
-
-def forecast(error: torch.Tensor, metric: Moments) -> float:
-    """trace(G E H E^T) / 2: the KL divergence that a weight error E (N, K) is expected to cause (see sweep.py)."""
-    assert metric.output is not None
-    weighed = metric.output @ error if metric.output.dim() == 2 else metric.output[:, None] * error
-    return float(((error @ metric.input) * weighed).sum()) / 2
 
 
 def row_scales(sound: torch.Tensor, found: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:

@@ -269,7 +269,7 @@ def check_weights(model: Any) -> None:
         if not bool(weight.any()):
             raise ValueError(
                 f"{name} holds nothing but zeros, so the file is damaged or incomplete; repair it with `rlkit recover "
-                "--degraded DIR --teacher DIR`, or leave it as it is with bits = 16 in the recipe"
+                "--degraded DIR --teacher DIR`, or fetch the model again"
             )
 
 

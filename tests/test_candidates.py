@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from rlkit.recover import candidates
+from rlkit.recover import candidates, layers
 from rlkit.recover.allocate import stored_nbytes
 from rlkit.recover.candidates import Candidate, Candidates, Search, plan_units, quantize_all
 from rlkit.recover.correct import LowRank
@@ -143,7 +143,7 @@ def test_the_forecast_is_half_the_trace(outputs: str, scheme: Scheme, tmp_path: 
 def test_large_matrices_in_blocks_of_rows_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, layer = {"model.layers.0.m": [S2, S4]}, layer_of(16, 64, outputs="full")
     whole = candidates.try_layer(layer, wanted, SEARCH)
-    monkeypatch.setattr(candidates, "BLOCK", 5 * 64)
+    monkeypatch.setattr(layers, "BLOCK", 5 * 64)
     parts = candidates.try_layer(layer, wanted, SEARCH)
     for key, candidate in whole.items():
         torch.testing.assert_close(parts[key].quantized.dequantize(), candidate.quantized.dequantize())
