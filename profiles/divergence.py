@@ -191,15 +191,15 @@ def _standard_error(values: NDArray[np.float64], windows: NDArray[np.int64]) -> 
 class Reference:
     """The original's shifted logits on disk; called with a batch's number it gives that batch's rows."""
 
-    path: Path
-    logits: Logits  # (all predicted positions, V), memory-mapped
+    path: Path  # logits (all predicted positions, V); mapped for one batch at a time, as mapped pages count as memory
     batches: tuple[Batch, ...]
 
     def __call__(self, number: int) -> list[Logits]:
         at = sum(batch.predicted for batch in self.batches[:number])
+        logits = np.load(self.path, mmap_mode="r")
         found = []
         for length in self.batches[number].lengths:
-            found.append(self.logits[at : at + length - 1])
+            found.append(logits[at : at + length - 1])
             at += int(length) - 1
         return found
 
@@ -232,7 +232,7 @@ def cached(spec: CacheSpec, logits: LogitsFn, batches: Sequence[Batch], tell: Te
         _fill(part, mark, _Source(spec, logits, batches), tell)
         os.replace(part, path)
         mark.unlink()
-    return Reference(path, np.load(path, mmap_mode="r"), tuple(batches))
+    return Reference(path, tuple(batches))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -246,27 +246,26 @@ def _fill(part: Path, mark: Path, source: _Source, tell: Tell) -> None:
     """Write the missing batches into `part`; `mark` says how many are there, as after each of them it is rewritten."""
     batches = source.batches
     done = int(read_json(mark)["done"]) if part.is_file() and mark.is_file() else 0
-    kept: NDArray[Any] | None = np.lib.format.open_memmap(part, mode="r+") if done else None
     at = sum(batch.predicted for batch in batches[:done])
     for number in range(done, len(batches)):
         tell(Progress("reference", number, len(batches)))
         rows = predicted_rows(source.logits(batches[number].ids), batches[number])
-        if kept is None:
-            kept = _room(part, source, rows[0].shape[1])
+        if number == 0:
+            _make_room(part, source, rows[0].shape[1])
+        kept = np.lib.format.open_memmap(part, mode="r+")  # anew for every batch: mapped pages count as memory
         for row in rows:
             for start in range(0, len(row), 16):  # in pieces that stay in cache
                 piece, _top = _shifted(row[start : start + 16])
                 kept[at : at + len(piece)] = np.maximum(piece, FLOAT16_FLOOR)
                 at += len(piece)
+        kept.flush()
         write_json(mark, {"done": number + 1})
     tell(Progress("reference", len(batches), len(batches)))
-    if isinstance(kept, np.memmap):
-        kept.flush()
 
 
-def _room(part: Path, source: _Source, vocab: int) -> NDArray[Any]:
+def _make_room(part: Path, source: _Source, vocab: int) -> None:
     positions = sum(batch.predicted for batch in source.batches)
     dtype = np.dtype(source.spec.dtype)
     part.parent.mkdir(parents=True, exist_ok=True)
     need_space(part.parent, positions * vocab * dtype.itemsize)
-    return np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(positions, vocab))
+    np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(positions, vocab))

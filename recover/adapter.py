@@ -46,13 +46,15 @@ class AdaptedLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.bias = linear.bias
-        self.dtype, self.scaling, self._base = dtype, scaling, quantized
+        self.dtype, self.scaling = dtype, scaling
+        self._base: Quantized | torch.Tensor | None = quantized
         if not scaling > 0:
             raise ValueError(f"scaling = {scaling} would silence the adapter; use alpha / rank, above 0")
         if train_scales:
             if isinstance(quantized, torch.Tensor):
                 raise ValueError("a float matrix has no scales to train; quantize it first or train its adapter only")
-            self.register_buffer("levels", _levels(quantized))  # (N, G, group)
+            self._base, self._zeros, self._scheme = None, quantized.zeros, quantized.scheme
+            self.register_buffer("levels", _levels(quantized))  # (N, G, group), which the codes come back from
             self.register_buffer("initial", quantized.scales.detach().float().clone())  # (N, G)
             self.log_scales = torch.nn.Parameter(torch.zeros_like(self.initial))
         else:
@@ -92,10 +94,11 @@ class AdaptedLinear(torch.nn.Module):
 
     def state(self) -> Quantized | torch.Tensor:
         """The matrix the layer was given, a Quantized one with its scales as trained, on float16 values."""
-        if isinstance(self._base, torch.Tensor) or "log_scales" not in self._parameters:
+        if self._base is not None:
             return self._base
         scales = snap_scales((self.initial * self.log_scales.detach().exp()).cpu())
-        return Quantized(self._base.codes, scales, self._base.zeros, self._base.scheme)
+        levels = self.levels.cpu().short() + self._zeros.short()[..., None]
+        return Quantized(levels.to(torch.uint8).flatten(1), scales, self._zeros, self._scheme)
 
 
 def _levels(quantized: Quantized) -> torch.Tensor:

@@ -55,7 +55,7 @@ def write_checkpoint(
         tensors[f"{name}.scales"] = quantized.scales.contiguous()
         tensors[f"{name}.qzeros"] = torch.from_numpy(packing.pack(quantized.zeros.numpy(), bits))
     if model.config.tie_word_embeddings and "lm_head" in recovered.quantized:
-        tensors["model.embed_tokens.weight"] = recovered.quantized["lm_head"].dequantize().half()
+        tensors["model.embed_tokens.weight"] = recovered.quantized["lm_head"].dequantize(torch.float16)
     need_space(folder, sum(tensor.nbytes for tensor in tensors.values()) + 64_000_000)
     with quiet_transformers():
         model.config.save_pretrained(folder)

@@ -15,13 +15,12 @@ import torch
 
 from rlkit.recover.correct import LowRank, Moments, correct, forecast
 from rlkit.recover.model import linears
-from rlkit.recover.quantize import Quantized
+from rlkit.recover.quantize import BLOCK, Quantized
 from rlkit.recover.quantizers import Quantize, Quantizer, equalize
 from rlkit.recover.recipe import Scheme
 from rlkit.recover.sweep import HEAD, LayerMoments
 
 HEAD_DAMPING = 0.1  # a tied lm_head is the embedding too, where every input counts alike: a rounder metric serves both
-BLOCK = 2**23  # weights quantized at a time: 32 MiB in float32, of which compensation needs about ten
 
 
 @dataclass(frozen=True, slots=True)

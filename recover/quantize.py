@@ -18,6 +18,7 @@ import torch
 
 from rlkit.recover.recipe import Scheme
 
+BLOCK = 2**23  # weights worked on at a time: 32 MiB in float32, of which compensation needs about ten
 SHRINK_STEPS = 20  # scales tried per zero point, from the full range down
 SHRINK_LOWEST = {2: 0.25, 4: 0.6, 8: 0.9}  # smallest fraction of the full range worth trying, by bits
 
@@ -31,11 +32,17 @@ class Quantized:
     zeros: torch.Tensor
     scheme: Scheme
 
-    def dequantize(self) -> torch.Tensor:
-        """The float32 weight (N, K) that the codes stand for."""
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight (N, K) that the codes stand for, computed in float32; a large one block by block."""
         n, k = self.codes.shape
-        codes = self.codes.view(n, -1, self.scheme.group).float()
-        return ((codes - self.zeros[..., None].float()) * self.scales[..., None]).view(n, k)
+        weight = torch.empty(n, k, dtype=dtype)
+        step = max(1, BLOCK // k)
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            levels = self.codes[rows].float().view(-1, k // self.scheme.group, self.scheme.group)
+            levels.sub_(self.zeros[rows, :, None]).mul_(self.scales[rows, :, None])
+            weight[rows] = levels.view(-1, k)
+        return weight
 
 
 def checked(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from rlkit.recover.atomic import write_json
 from rlkit.recover.corpus import Corpus
+from rlkit.recover.memory import peak_nbytes
 from rlkit.recover.model import logits_fn
 
 Measure = Callable[[Any], dict[str, Any]]  # LogitsFn -> JSON object with at least "kl_mean"
 
 
 class Stages:
-    """Rows of stage, wall seconds since the one before, divergence; kept in `file` for a run that continues."""
+    """Rows of stage, wall seconds since the one before, divergence and peak memory so far; `file` keeps them."""
 
     def __init__(self, measure: Measure, file: Path) -> None:
         self._measure, self._file = measure, file
@@ -43,7 +44,8 @@ class Stages:
 
     def note(self, name: str, seconds: float, divergence: dict[str, Any] | None = None) -> None:
         """Add a row."""
-        self.rows.append({"stage": name, "seconds": round(seconds, 2), "divergence": divergence})
+        row = {"stage": name, "seconds": round(seconds, 2), "divergence": divergence, "peak_nbytes": peak_nbytes()}
+        self.rows.append(row)
         write_json(self._file, self.rows)
 
 

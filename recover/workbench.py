@@ -91,12 +91,12 @@ class Workbench:
         if self.team.main:
             self._layers(correct)
         self.team.wait()
-        kept = self._kept()
+        kept, dtype = self._kept(), self.model.dtype
         if self.quantizer.name != "search":  # which is that floor
             self._measure_floor()
         for name, tensor in kept.others():
             self.model.get_parameter(name).data.copy_(tensor)
-        set_weights(self.model, ((name, kept.quantized(name).dequantize()) for name in self.schemes))
+        set_weights(self.model, ((name, kept.quantized(name).dequantize(dtype)) for name in self.schemes))
         self._finish("compensated" if self.quantizer.name.startswith("gptq") else self.quantizer.name)
         pairs = {name: pair for name in self.schemes if correct and (pair := kept.corrected(name))}
         if pairs:
@@ -166,9 +166,9 @@ class Workbench:
     def _measure_floor(self) -> None:
         """What plain rounding would have given, measured and thrown away; needs the original weights."""
         if self.team.main and not self.stages.finished("round-to-nearest"):
-            modules = linears(self.model)
+            modules, dtype = linears(self.model), self.model.dtype
             floor = (
-                (name, in_blocks(modules[name].weight, partial(quantize_nearest, scheme=scheme)).dequantize())
+                (name, in_blocks(modules[name].weight, partial(quantize_nearest, scheme=scheme)).dequantize(dtype))
                 for name, scheme in self.schemes.items()
             )
             set_weights(self.model, floor)
