@@ -1,6 +1,6 @@
 """A packed matrix in numpy: the form in which every source hands its integers to the exported graph.
 
-    weight[n, k] = (code - zero) * scale        codes `bits` wide, low bits first; one scale and zero point per group of k
+    weight[n, k] = (code - zero) * scale     codes `bits` wide, low bits first; a scale and zero point per group of k
 
 Rows do not depend on each other, so stacking and cutting them is exact, and so are wider fields for the same codes and
 smaller groups with the same scale: none of these rounds anything.
@@ -116,7 +116,5 @@ def stack(matrices: Sequence[Matrix]) -> Matrix:
         raise ValueError(f"matrices of (bits, group, inputs) {kinds} cannot be stacked; give them one scheme")
     if len(matrices) == 1:
         return first
-    parts = {
-        name: np.concatenate([getattr(part, name) for part in matrices]) for name in ("qweight", "scales", "qzeros")
-    }
-    return replace(first, **parts)
+    names = ("qweight", "scales", "qzeros")
+    return replace(first, **{name: np.concatenate([getattr(part, name) for part in matrices]) for name in names})
