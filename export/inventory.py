@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit.recover.contents import read_safetensors_header
+from rlkit.recover.contents import kind_of, read_safetensors_header
 from rlkit.recover.recipe import Recipe
 from rlkit.recover.source import ModelShape, Source, SourceKind, read_json, read_shape
 
 _ADAPTER_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
+EMBEDDING = "model.embed_tokens.weight"
+_LINEAR_KINDS = ("attention", "gate_up", "down", "lm_head")
 _PACKED_PARTS = ("qweight", "scales", "qzeros")
 
 
@@ -28,6 +30,7 @@ class Packed:
     k: int
     bits: int
     group: int
+    zero_points: bool = True  # False: the middle code everywhere, which no reader needs to be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,23 @@ class Inventory:
 
     @property
     def shares_embedding(self) -> bool:
-        """Whether the embedding reads the rows of a quantized lm_head."""
+        """Whether the embedding can read the rows of a quantized lm_head."""
         return self.shape.tied and "lm_head" in self.packed
+
+    def weight_name(self, module: str) -> str:
+        """The float tensor of a linear; a tied lm_head has the embedding's."""
+        own = f"{module}.weight"
+        return EMBEDDING if module == "lm_head" and own not in self.floats and self.shape.tied else own
+
+    def float_linears(self) -> list[str]:
+        """Linears that are float matrices here, a tied lm_head included."""
+        found = [name.removesuffix(".weight") for name, shape in self.floats.items() if _is_linear(name, shape)]
+        return [*found, "lm_head"] if self.shape.tied and "lm_head" not in {*found, *self.packed} else found
+
+    def float_matrix(self, module: str) -> tuple[int, int]:
+        """(N, K) of a float linear."""
+        n, k = self.floats[self.weight_name(module)]
+        return n, k
 
 
 def read_checkpoint(path: Path) -> Inventory:
@@ -72,11 +90,7 @@ def read_checkpoint(path: Path) -> Inventory:
         )
     quantization = _quantization(path, read_json(path / "config.json"))
     shape = read_shape(Source(str(path), SourceKind.CHECKPOINT, path))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        shapes |= dict(_shapes(file))
-    if not shapes:
-        raise FileNotFoundError(f"{path} holds no *.safetensors file, so it has no weights; recover it again")
+    shapes = _all_shapes(path, "recover it again")
     packed = {name: _packed(name, shapes, quantization, path) for name in _modules_with(shapes, "qweight")}
     part_of_packed = {f"{module}.{part}" for module in packed for part in _PACKED_PARTS}
     floats = {name: shape for name, shape in shapes.items() if name not in part_of_packed}
@@ -84,6 +98,47 @@ def read_checkpoint(path: Path) -> Inventory:
     inventory = Inventory(str(path), shape, packed, floats, adapters)
     _check_adapters(inventory)
     return inventory
+
+
+def read_float_model(source: Source) -> Inventory:
+    """Read the headers of a float Hugging Face folder, an adapter beside the weights included.
+
+    Raises FileNotFoundError or ValueError, one line with the remedy, for a folder that is damaged or quantized.
+    """
+    path, shape = source.path, read_shape(source)
+    method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise ValueError(f"{path} is quantized by {method!r}; name the float model it was made of, or a checkpoint")
+    floats = _all_shapes(path, "fetch the model again")
+    if wrong := [name for name, size in floats.items() if name == EMBEDDING and size != (shape.vocab, shape.hidden)]:
+        raise ValueError(f"{path}: {wrong[0]} is {floats[wrong[0]]}, but config.json says otherwise; fetch it again")
+    adapters = read_adapters(path / "adapter") if (path / "adapter").is_dir() else {}
+    return Inventory(str(path), shape, {}, floats, adapters)
+
+
+def _all_shapes(path: Path, remedy: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of all shards; an index must not name files or tensors that are not there."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        shapes |= dict(_shapes(file))
+    if not shapes:
+        raise FileNotFoundError(f"{path} holds no *.safetensors file, so it has no weights; {remedy}")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ValueError(f"{index} has no weight_map; {remedy}")
+        for name, file_name in listed.items():
+            if Path(str(file_name)).name != file_name:
+                raise ValueError(f"{index} names the file {file_name!r} outside its folder; {remedy}")
+            if name not in shapes:
+                raise ValueError(f"{path} lacks {name} of {file_name}, so a shard is missing; {remedy}")
+    return shapes
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    module = name.removesuffix(".weight")
+    return module != name and len(shape) == 2 and kind_of(module) in _LINEAR_KINDS
 
 
 def expected_inventory(shape: ModelShape, recipe: Recipe) -> Inventory:

@@ -1,0 +1,251 @@
+"""The builder's graph gets its matrices: float MatMul and Gather nodes without data become what the plan says.
+
+    MatMul(x, weight)                  -> MatMulNBits(x, qweight, scales, qzeros)           packed
+                                       -> MatMul(x, weight (K, N))                          float
+    Gather(table, ids)                 -> GatherBlockQuantized(lm_head's rows, ids, ...)    tied, where the target can
+                                       -> Gather(table, ids)                                float
+
+Nothing is read here: constants are LazyTensors, which ask the store when the file is written (write.py), one by one.
+A node of the graph may be several matrices of the store (q, k and v as one) or rows of one (where the model fuses
+what the graph keeps apart); rows of packed matrices are cut and stacked exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rlkit.export.graph import module_of
+from rlkit.export.inventory import EMBEDDING, Inventory
+from rlkit.export.matrix import Matrix, stack
+from rlkit.export.plan import Plan
+from rlkit.export.store import Store
+
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A matrix of the store, or some of its rows."""
+
+    module: str
+    rows: tuple[int, int] | None = None
+
+
+def fill(model: ir.Model, store: Store, plan: Plan) -> None:
+    """Give every matrix of the graph its data, lazily; ValueError names one that the store does not have."""
+    inventory, head, memory = store.inventory, None, _Memory()
+    for node in list(model.graph):
+        if node.op_type == "MatMul" and _constant_of(node, 1) is not None:
+            parts = parts_of(inventory, module_of(node.name or ""))
+            if not parts:
+                continue  # small and real: a router, say
+            if all(part.module in inventory.packed for part in parts):
+                made = _pack(model, node, _Loader(store, plan, parts, memory), plan)
+                head = made if parts[0].module == HEAD else head
+            else:
+                _fill_float(node, 1, store, parts, transposed=True)
+    embedding = next(
+        (n for n in model.graph if n.op_type == "Gather" and _name_of(_constant_of(n, 0)) == EMBEDDING), None
+    )
+    if embedding is not None:
+        if inventory.shares_embedding and plan.target.shares_embedding and head is not None:
+            _share(model, embedding, head)
+        else:
+            _fill_float(embedding, 0, store, [Part("model.embed_tokens")], transposed=False)
+    _check(model)
+
+
+def parts_of(inventory: Inventory, module: str) -> list[Part]:
+    """Which matrices of the store a node of the graph holds; none for what is not the store's."""
+    if _has(inventory, module):
+        return [Part(module)]
+    base, _, last = module.rpartition(".")
+    if last == "qkv_proj" and all(_has(inventory, f"{base}.{name}") for name in QKV):
+        return [Part(f"{base}.{name}") for name in QKV]
+    if last == "gate_up_proj" and all(_has(inventory, f"{base}.{name}") for name in GATE_UP):
+        return [Part(f"{base}.{name}") for name in GATE_UP]
+    shape = inventory.shape
+    if last in QKV and _has(inventory, f"{base}.qkv_proj"):
+        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        start, stop = {"q_proj": (0, query), "k_proj": (query, query + key), "v_proj": (query + key, query + 2 * key)}[
+            last
+        ]
+        return [Part(f"{base}.qkv_proj", (start, stop))]
+    if last in GATE_UP and _has(inventory, f"{base}.gate_up_proj"):
+        start = GATE_UP.index(last) * shape.ffn
+        return [Part(f"{base}.gate_up_proj", (start, start + shape.ffn))]
+    return []
+
+
+def _has(inventory: Inventory, module: str) -> bool:
+    return module in inventory.packed or inventory.weight_name(module) in inventory.floats
+
+
+@dataclass(slots=True)
+class _Memory:
+    """The packed matrix that was read last: its three constants are written one after the other."""
+
+    owner: object = None
+    matrix: Matrix | None = None
+
+
+class _Loader:
+    """The packed matrix of one node, as the plan wants it stored."""
+
+    def __init__(self, store: Store, plan: Plan, parts: list[Part], memory: _Memory) -> None:
+        self._store, self.parts, self._memory = store, parts, memory
+        packed = [store.inventory.packed[part.module] for part in parts]
+        planned = {tensor.name: tensor for tensor in plan.tensors}
+        first = planned[parts[0].module]
+        self.bits, self.level = first.bits, first.accuracy_level or 0
+        self.group, self.k = packed[0].group, packed[0].k
+        rows = [part.rows or (0, matrix.n) for part, matrix in zip(parts, packed, strict=True)]
+        self.n = sum(stop - start for start, stop in rows)
+        self.zero_points = any(planned[part.module].zero_points for part in parts)
+
+    def matrix(self) -> Matrix:
+        """Stacked, in the target's width."""
+        if self._memory.owner is not self or self._memory.matrix is None:
+            self._memory.matrix = None  # before the next one is read
+            self._memory.matrix = stack([self._one(part) for part in self.parts]).widened(self.bits)
+            self._memory.owner = self
+        return self._memory.matrix
+
+    def _one(self, part: Part) -> Matrix:
+        matrix = self._store.matrix(part.module)
+        return matrix.rows(*part.rows) if part.rows else matrix
+
+
+def _pack(model: ir.Model, node: ir.Node, loader: _Loader, plan: Plan) -> ir.Node:
+    """Put a MatMulNBits in the place of a MatMul."""
+    name = (node.name or "").removesuffix("/MatMul") + "/MatMulNBits"
+    prefix = name.strip("/").replace("/", ".")
+    if not prefix.startswith(("model.", HEAD)):
+        prefix = f"model.{prefix}"
+    kind = _dtype(plan)
+    groups = -(-loader.k // loader.group)
+    shapes: dict[str, tuple[Callable[[], NDArray[Any]], Any, tuple[int, ...]]] = {
+        "qweight": (
+            lambda: loader.matrix().blocks(),
+            ir.DataType.UINT8,
+            (loader.n, groups, loader.group * loader.bits // 8),
+        ),
+        "scales": (lambda: loader.matrix().scales, kind, (loader.n, groups)),
+        "qzeros": (lambda: loader.matrix().qzeros, ir.DataType.UINT8, (loader.n, -(-groups * loader.bits // 8))),
+    }
+    if not loader.zero_points:
+        del shapes["qzeros"]
+    constants = [_lazy(model, f"{prefix}.{part}", *what) for part, what in shapes.items()]
+    attributes = {
+        "K": loader.k,
+        "N": loader.n,
+        "bits": loader.bits,
+        "block_size": loader.group,
+        "accuracy_level": loader.level,
+    }
+    (output,) = node.outputs
+    weight = node.inputs[1]
+    made = ir.node("MatMulNBits", [node.inputs[0], *constants], attributes, domain="com.microsoft", name=name)
+    made.outputs[0].shape, made.outputs[0].type = output.shape, output.type
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], [made], [output], [made.outputs[0]])
+    _forget(model, weight)
+    return made
+
+
+def _share(model: ir.Model, node: ir.Node, head: ir.Node) -> None:
+    """Let the embedding read the rows of a packed lm_head instead of a table of its own."""
+    qweight, *rest = head.inputs[1:]
+    bits, block, n = (head.attributes[name].as_int() for name in ("bits", "block_size", "N"))
+    assert qweight is not None and qweight.shape is not None
+    width = int(qweight.shape[1]) * int(qweight.shape[2])
+    name = "/model/embed_tokens"
+    size = ir.tensor(np.array([n, width], np.int64), name="model.embed_tokens.shape")
+    shape = ir.Value(name=size.name, type=ir.TensorType(size.dtype), shape=ir.Shape([2]), const_value=size)
+    model.graph.register_initializer(shape)
+    flat = ir.node("Reshape", [qweight, shape], name=f"{name}/Reshape")
+    flat.outputs[0].name = f"{name}/Reshape/output_0"
+    attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    inputs = [flat.outputs[0], node.inputs[1], *rest]
+    made = ir.node(
+        "GatherBlockQuantized", inputs, attributes, domain="com.microsoft", name=f"{name}/GatherBlockQuantized"
+    )
+    (output,) = node.outputs
+    made.outputs[0].shape, made.outputs[0].type = output.shape, output.type
+    table = node.inputs[0]
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], [flat, made], [output], [made.outputs[0]])
+    _forget(model, table)
+
+
+def _fill_float(node: ir.Node, index: int, store: Store, parts: list[Part], *, transposed: bool) -> None:
+    """Lazy data for a float matrix: rows of the store's tensors, stacked, (K, N) where the node wants it so."""
+    value = node.inputs[index]
+    assert value is not None and value.shape is not None
+    kind = value.type.dtype if isinstance(value.type, ir.TensorType) else ir.DataType.FLOAT
+
+    def load() -> NDArray[Any]:
+        found = [_float_part(store, part) for part in parts]
+        whole = found[0] if len(found) == 1 else np.concatenate(found)
+        return np.ascontiguousarray(whole.T if transposed else whole)
+
+    shape = tuple(int(size) for size in value.shape)
+    value.const_value = ir.LazyTensor(
+        lambda: ir.tensor(load().astype(kind.numpy()), name=value.name),
+        dtype=kind,
+        shape=ir.Shape(shape),
+        name=value.name,
+    )
+
+
+def _float_part(store: Store, part: Part) -> NDArray[np.float32]:
+    inventory = store.inventory
+    name = inventory.weight_name(part.module)
+    weight = store.tensor(name) if name in inventory.floats else store.matrix(part.module).dequantize()
+    return weight[part.rows[0] : part.rows[1]] if part.rows else weight
+
+
+def _lazy(model: ir.Model, name: str, load: Callable[[], NDArray[Any]], kind: Any, shape: tuple[int, ...]) -> ir.Value:
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(load().astype(kind.numpy(), copy=False)), name=name),
+        dtype=kind,
+        shape=ir.Shape(shape),
+        name=name,
+    )
+    value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _dtype(plan: Plan) -> ir.DataType:
+    return ir.DataType.FLOAT16 if plan.target.dtype == "float16" else ir.DataType.FLOAT
+
+
+def _constant_of(node: ir.Node, index: int) -> ir.Value | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return value if value is not None and value.is_initializer() else None
+
+
+def _name_of(value: ir.Value | None) -> str | None:
+    return None if value is None else value.name
+
+
+def _forget(model: ir.Model, value: ir.Value | None) -> None:
+    """Drop a constant that nothing reads any more."""
+    if value is not None and value.name in model.graph.initializers and not value.uses():
+        del model.graph.initializers[value.name]
+
+
+def _check(model: ir.Model) -> None:
+    for value in _without_data(model):
+        raise ValueError(f"the graph wants {value}, which the model does not have; its shards or config are damaged")
+
+
+def _without_data(model: ir.Model) -> Iterator[str]:
+    return (name for name, value in model.graph.initializers.items() if value.const_value is None)
