@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from rlkit.recover.adapter import snap
 from rlkit.recover.allocate import Choice, Unit, stored_nbytes
 from rlkit.recover.atomic import need_space
 from rlkit.recover.compensate import Compensation, compensate
-from rlkit.recover.correct import LowRank, Moments, correct, forecast
-from rlkit.recover.layers import stacked
+from rlkit.recover.correct import LowRank, Moments, forecast
+from rlkit.recover.layers import PARTS, alternate, stacked
 from rlkit.recover.model import linears
 from rlkit.recover.progress import Progress, Tell, silent
 from rlkit.recover.quantize import Quantized, quantize_nearest
@@ -161,44 +162,22 @@ def try_layer(layer: LayerMoments, wanted: Mapping[str, Sequence[Scheme]], searc
     made: dict[Key, Candidate] = {}
     for (_, scheme), names in groups.items():
         base = replace(scheme, adapter_rank=0)
+        quantize = partial(stacked, moment=layer.inputs[names[0]], scheme=base, quantize=search.quantize)
         weights = {name: modules[name].weight.detach().float() for name in names}
         if not all((name, base) in plain for name in names):
-            found = stacked(weights, layer.inputs[names[0]], base, search.quantize)
-            plain |= {(name, base): state for name, state in found.items()}
+            plain |= {(name, base): state for name, state in quantize(weights).items()}
         states = {name: plain[name, base] for name in names}
-        low_ranks: dict[str, LowRank] = {}
+        pairs: dict[str, tuple[Quantized, LowRank]] = {}
         if scheme.adapter_rank:
-            states, low_ranks = _alternate(weights, states, layer, scheme, search)
+            pairs = alternate(layer, dict.fromkeys(names, scheme.adapter_rank), states, quantize, search.rounds)
         for name, weight in weights.items():
-            error = weight - states[name].dequantize()
-            low_rank = low_ranks.get(name)
+            state, low_rank = pairs.get(name, (states[name], None))
+            low_rank = None if low_rank is None else snap(low_rank)  # on the 8-bit grid, as it would be kept
+            error = weight - state.dequantize()
             error = error if low_rank is None else error - low_rank.product()
             damage = forecast(error, Moments(layer.inputs[name], layer.outputs.get(name)))
-            made[layer.full(name), scheme] = Candidate(states[name], low_rank, damage)
+            made[layer.full(name), scheme] = Candidate(state, low_rank, damage)
     return made
-
-
-_PARTS = ("codes", "scales", "zeros")
-
-
-def _alternate(
-    weights: Mapping[str, torch.Tensor],
-    states: dict[str, Quantized],
-    layer: LayerMoments,
-    scheme: Scheme,
-    search: Search,
-) -> tuple[dict[str, Quantized], dict[str, LowRank]]:
-    """Low-rank corrections, and codes for what they leave over, in turn; the corrections on their 8-bit grid."""
-    base = replace(scheme, adapter_rank=0)
-    for index in range(search.rounds + 1):
-        low_ranks = {}
-        for name, weight in weights.items():
-            moments = Moments(layer.inputs[name], layer.outputs.get(name))
-            low_ranks[name] = correct(weight - states[name].dequantize(), moments, scheme.adapter_rank)
-        if index < search.rounds:
-            left = {name: weight - low_ranks[name].product() for name, weight in weights.items()}
-            states = stacked(left, layer.inputs[next(iter(left))], base, search.quantize)
-    return states, {name: snap(low_rank) for name, low_rank in low_ranks.items()}
 
 
 class Candidates:
@@ -250,7 +229,7 @@ class Candidates:
         """The float32 matrix (N, K) that a candidate stands for, its correction added."""
         at = f"{module}/{_tag(scheme)}"
         with safe_open(self._files[module], framework="pt") as file:
-            packed, scales, zeros = (file.get_tensor(f"{at}/{part}") for part in _PARTS)
+            packed, scales, zeros = (file.get_tensor(f"{at}/{part}") for part in PARTS)
             factors = [file.get_tensor(f"{at}/{part}") for part in "ba"] if scheme.adapter_rank else []
         codes = torch.from_numpy(packing.unpack(packed.numpy(), scheme.bits, scales.shape[1] * scheme.group))
         weight = Quantized(codes, scales.float(), zeros, scheme).dequantize()

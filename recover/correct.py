@@ -4,7 +4,7 @@ With weight error E = W - Q (N, K), input second moment H = R R^T and output-gra
 correction B A minimizes || L^T (E - B A) R ||_F. Substituting X = L^T E R, its solution is the truncated SVD of X
 (Eckart-Young): with V (K, r) the leading right singular vectors, B = L^-T X V and A = V^T R^-1. Without G this is the
 activation-aware correction of LQER/CALDERA; with G the error is weighed by what it does to the model's output
-distribution (K-FAC, see statistics.py), which measured 0.06 nats better on SmolLM2-135M.
+distribution (K-FAC, see sweep.py), which measured 0.06 nats better on SmolLM2-135M.
 
 layers.py alternates quantization and correction: what the correction can express need not be quantized well.
 """

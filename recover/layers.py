@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,9 +61,12 @@ def treat(moments: LayerMoments, treatment: Treatment) -> LayerState:
     quantized: dict[str, Quantized] = {}
     corrected: dict[str, tuple[Quantized, LowRank]] = {}
     for group in _groups(schemes, moments.inputs):
-        quantized |= _quantize(moments, group, schemes, treatment, {})
-        if treatment.rounds is not None:
-            corrected |= _correct(moments, group, schemes, treatment, quantized)
+        scheme, moment = schemes[group[0]], moments.inputs[group[0]]
+        quantize = partial(stacked, moment=moment, scheme=scheme, quantize=treatment.quantizer.quantize)
+        quantized |= quantize({name: moments.weight(name) for name in group})
+        ranks = {name: rank for name in group if (rank := treatment.ranks.get(moments.full(name), 0))}
+        if treatment.rounds is not None and ranks:
+            corrected |= alternate(moments, ranks, quantized, quantize, treatment.rounds)
     log: dict[str, Any] = {"layer": moments.prefix or HEAD, "modules": _log(moments, schemes, quantized, corrected)}
     log["seconds"] = round(time.perf_counter() - began, 2)
     full = moments.full
@@ -88,19 +92,6 @@ def _groups(schemes: dict[str, Scheme], inputs: dict[str, torch.Tensor]) -> Iter
     for name, scheme in schemes.items():
         together.setdefault((id(inputs[name]), scheme), []).append(name)
     yield from together.values()
-
-
-def _quantize(
-    moments: LayerMoments,
-    names: list[str],
-    schemes: dict[str, Scheme],
-    treatment: Treatment,
-    low_ranks: dict[str, LowRank],
-) -> dict[str, Quantized]:
-    """The stacked matrices of `names`, less the corrections they have already, on their grids."""
-    weights = {name: moments.weight(name) for name in names}
-    left = {name: w - low_ranks[name].product() if name in low_ranks else w for name, w in weights.items()}
-    return stacked(left, moments.inputs[names[0]], schemes[names[0]], treatment.quantizer.quantize)
 
 
 def stacked(
@@ -136,29 +127,26 @@ def _split(stacked: Quantized, weights: Mapping[str, torch.Tensor]) -> Iterator[
         start = rows.stop
 
 
-def _correct(
+def alternate(
     moments: LayerMoments,
-    names: list[str],
-    schemes: dict[str, Scheme],
-    treatment: Treatment,
-    quantized: dict[str, Quantized],
+    ranks: Mapping[str, int],
+    states: Mapping[str, Quantized],
+    quantize: Callable[[dict[str, torch.Tensor]], dict[str, Quantized]],
+    rounds: int,
 ) -> dict[str, tuple[Quantized, LowRank]]:
-    """Low-rank corrections where there is a rank, alternated with quantization of what they leave over."""
-    ranks = {name: treatment.ranks.get(moments.full(name), 0) for name in names}
-    names = [name for name in names if ranks[name]]
-    if not names:
-        return {}
-    states = {name: quantized[name] for name in names}
-    rounds = treatment.rounds or 0
-    low_ranks: dict[str, LowRank] = {}
-    for index in range(rounds + 1):
-        for name in names:
-            weight = moments.weight(name)
-            metric = Moments(moments.inputs[name], moments.outputs.get(name))
-            low_ranks[name] = correct(weight - states[name].dequantize(), metric, ranks[name])
-        if index < rounds:
-            states = _quantize(moments, names, schemes, treatment, low_ranks)
-    return {name: (states[name], low_ranks[name]) for name in names}
+    """Low-rank corrections of the linears that `ranks` names, alternated with codes for what they leave over.
+
+    It starts from the codes in `states` and ends with a correction, `rounds` times codes in between.
+    """
+    weights = {name: moments.weight(name).detach().float() for name in ranks}
+    metrics = {name: Moments(moments.inputs[name], moments.outputs.get(name)) for name in ranks}
+    for left in range(rounds, -1, -1):
+        low_ranks = {
+            name: correct(w - states[name].dequantize(), metrics[name], ranks[name]) for name, w in weights.items()
+        }
+        if left:
+            states = quantize({name: w - low_ranks[name].product() for name, w in weights.items()})
+    return {name: (states[name], low_ranks[name]) for name in ranks}
 
 
 def _log(
