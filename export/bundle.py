@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlkit.export.card import card
 from rlkit.export.inventory import Inventory
 from rlkit.export.plan import Plan, default_threads
 from rlkit.recover import recipe
@@ -137,7 +138,7 @@ def _manifest(parts: Parts, settings: Settings) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any], hashes: dict[str, str]) -> None:
-    write_text(folder / CARD, card(manifest))
+    write_text(folder / CARD, card({**manifest, "sha256": hashes}))  # which files there are says how to run it
     hashes = {**hashes, CARD: sha256(folder / CARD)}
     write_json(folder / MANIFEST, {**manifest, "sha256": hashes})
 
@@ -147,54 +148,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def bits_by_kind(tensors: list[dict[str, Any]]) -> dict[str, tuple[str, int]]:
-    """Kind -> (its widths, such as "2" or "8, 32"; its bytes)."""
-    widths: dict[str, set[int]] = {}
-    nbytes: dict[str, int] = {}
-    for tensor in tensors:
-        widths.setdefault(tensor["kind"], set()).add(tensor["bits"])
-        nbytes[tensor["kind"]] = nbytes.get(tensor["kind"], 0) + tensor["nbytes"]
-    return {kind: (", ".join(str(bits) for bits in sorted(widths[kind])), nbytes[kind]) for kind in widths}
-
-
-def card(manifest: dict[str, Any]) -> str:
-    """The model card of a manifest, in markdown."""
-    shape, asked = manifest["shape"], manifest["recipe"] or {}
-    rows = [f"| {kind} | {bits} | {n / 1e6:.2f} |" for kind, (bits, n) in bits_by_kind(manifest["tensors"]).items()]
-    source = manifest["source"]
-    name = source.get("reference", "a model") if isinstance(source, dict) else source
-    head = f"{shape['architecture']}, {shape['layers']} layers, hidden {shape['hidden']}, vocabulary {shape['vocab']}"
-    lines = [
-        f"# {name}, quantized for {manifest['target']}",
-        "",
-        f"{head}. Recipe {asked.get('name', 'not recorded')}: {asked.get('description', '')}".rstrip(": ") + ".",
-        f"Products at accuracy_level {manifest['accuracy_level']}; {manifest['nbytes'] / 1e6:.1f} MB of tensors.",
-        "",
-        "| tensors | bits | MB |",
-        "|---|---|---|",
-        *rows,
-        "",
-        "## Divergence from the original",
-        "",
-        *_divergence_lines(manifest["divergence"]),
-        "",
-        "## Run it",
-        "",
-        '    rlkit run FOLDER "What is the capital of France?"',
-        "",
-        "The folder runs in stock onnxruntime-genai too: `og.Model(FOLDER)`.",
-        "",
-        "Made with " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items() if v) + ".",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _divergence_lines(divergence: dict[str, Any] | None) -> list[str]:
-    if divergence is None:
-        return ["Not measured on this file."]
-    numbers = {key: value for key, value in divergence.items() if isinstance(value, int | float | str)}
-    return [
-        f"- {key}: {value:.4g}" if isinstance(value, float) else f"- {key}: {value}" for key, value in numbers.items()
-    ]
