@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlkit.recover.memory import map_large_blocks
 from rlkit.recover.source import Source, SourceKind, read_shape
 
 Array = NDArray[Any]
@@ -31,7 +32,10 @@ def load_model(source: Source) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     extra: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    dtype: Any = torch.float32 if read_shape(source).parameters <= FLOAT32_PARAMETERS else "auto"
+    dtype: Any = torch.float32
+    if read_shape(source).parameters > FLOAT32_PARAMETERS:
+        dtype = "auto"
+        map_large_blocks()
     with quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(

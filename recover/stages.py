@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from rlkit.recover.atomic import write_json
 from rlkit.recover.corpus import Corpus
-from rlkit.recover.memory import peak_nbytes
+from rlkit.recover.memory import give_back, peak_nbytes
 from rlkit.recover.model import logits_fn
 
 Measure = Callable[[Any], dict[str, Any]]  # LogitsFn -> JSON object with at least "kl_mean"
@@ -39,7 +38,7 @@ class Stages:
         if not self.finished(name):
             seconds = time.perf_counter() - self._since
             self.note(name, seconds, self._measure(logits_fn(model)) if model is not None else None)
-        gc.collect()  # models hold cycles: without this, copies that are done with stay for a while
+        give_back()
         self._since = time.perf_counter()
 
     def note(self, name: str, seconds: float, divergence: dict[str, Any] | None = None) -> None:
