@@ -12,7 +12,6 @@ the row w' of the damaged and w of the sound matrix, if the correction then leav
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,17 +24,17 @@ from safetensors.torch import load_file, save_file
 from rlkit.recover import adapter
 from rlkit.recover.correct import LowRank, Moments, correct, forecast
 from rlkit.recover.corrupt import relative_error
-from rlkit.recover.distill import Distillation, distill
+from rlkit.recover.distill import Distillation
 from rlkit.recover.memory import peak_nbytes
-from rlkit.recover.methods import LORA_RATE, LORA_SCALING
+from rlkit.recover.methods import LORA_RATE, LORA_SCALING, random_start
 from rlkit.recover.model import fast_dtype, linears
 from rlkit.recover.progress import Progress, Tell
-from rlkit.recover.recovery import Settings
+from rlkit.recover.recovery import Settings, fitting
 from rlkit.recover.stages import Stages
 from rlkit.recover.sweep import LayerMoments, Rows, sweep
 from rlkit.recover.team import Team
 from rlkit.recover.weights import Change, Weights
-from rlkit.recover.workbench import Text
+from rlkit.recover.workbench import Text, learn
 
 CHECK_EVERY = 10  # steps: the best state on held-out rows is kept, so that training never spoils a good correction
 
@@ -171,28 +170,20 @@ class Bench:
         """Distillation from these factors, or from random ones where there are none; the model wears the outcome."""
         published = self.settings.method == "recover-lora"
         plan, scaling = self._plan(published), LORA_SCALING if published else 1.0
-        plain = linears(self.model)
+        plain, initial = linears(self.model), random_start(plan.seed)
         for name, rank in self.ranks.items():
             weight = self._base(name)
             n, k = weight.shape
-            start = low_ranks.get(name) or adapter.random_low_rank(n, k, rank, _seed(plan.seed, name))
-            _put(self.model, name, adapter.AdaptedLinear(plain[name], weight, start, fast_dtype(), scaling=scaling))
-        for step in distill(
-            self.model,
-            self.text.corpus,
-            self.text.train,
-            plan,
-            held_out=self.text.held_out,
-            state=self.work / "distill.safetensors",
-            accelerator=self.team.accelerator,
-        ):
-            self.tell(Progress("distill", step.index, plan.steps, f"KL {step.kl:.3f} on synthetic text"))
+            start = low_ranks.get(name) or initial(name, n, k, rank)
+            made = adapter.AdaptedLinear(plain[name], weight, start, fast_dtype(), scaling=scaling)
+            self.model.set_submodule(name, made)
+        learn(self.model, self.text, plan, self.work, self.team, self.tell)
         trained = {}
         for name in self.ranks:
             low_rank = self.model.get_submodule(name).low_rank()
             assert low_rank is not None
             trained[name] = LowRank(low_rank.a.contiguous(), low_rank.b.contiguous())
-            _put(self.model, name, plain[name])
+            self.model.set_submodule(name, plain[name])
         self.model.requires_grad_(False)
         self._wear(trained)
         self._round_norms()
@@ -200,10 +191,8 @@ class Bench:
 
     def _plan(self, published: bool) -> Distillation:
         """What is trained: norms only where everything is merged, as an adapter cannot hold them."""
-        plan = self.settings.distillation
-        large = self.model.dtype != torch.float32  # activations of a batch would take more memory than the model
-        checks, saving = plan.check_every or CHECK_EVERY, plan.checkpointing or large
-        plan = replace(plan, check_every=checks, checkpointing=saving)
+        plan = fitting(self.settings.distillation, self.model)
+        plan = replace(plan, check_every=plan.check_every or CHECK_EVERY)
         if published:
             return replace(plan, train=("adapter",), adapter_lr=LORA_RATE)
         return replace(plan, train=("adapter", "norm") if self.merge else ("adapter",))
@@ -243,12 +232,3 @@ def _layer_files(folder: Path) -> list[tuple[Path, dict[str, str]]]:
         except SafetensorError:
             file.unlink()
     return sorted(found, key=lambda pair: int(pair[1]["prefix"].rpartition(".")[2]))
-
-
-def _seed(seed: int, name: str) -> int:
-    return seed + zlib.crc32(name.encode())
-
-
-def _put(model: Any, name: str, module: torch.nn.Module) -> None:
-    parent, _dot, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)

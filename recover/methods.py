@@ -14,8 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rlkit.recover.adapter import random_low_rank
-from rlkit.recover.correct import LowRank
-from rlkit.recover.workbench import Workbench
+from rlkit.recover.workbench import Initial, Workbench
 
 LORA_SCALING = 2.0  # alpha 64 over rank 32
 LORA_RATE = 1e-4
@@ -39,7 +38,7 @@ def _none(bench: Workbench) -> None:
 def _recover_lora(bench: Workbench) -> None:
     bench.quantize(correct=False)
     bench.distillation = replace(bench.distillation, adapter_lr=LORA_RATE)
-    bench.train(("adapter",), initial=_random(bench.distillation.seed), scaling=LORA_SCALING)
+    bench.train(("adapter",), initial=random_start(bench.distillation.seed), scaling=LORA_SCALING)
 
 
 def _scales(bench: Workbench) -> None:
@@ -53,10 +52,10 @@ def _corrected(bench: Workbench) -> None:
 
 def _full(bench: Workbench) -> None:
     bench.quantize(correct=True)
-    bench.train(("adapter", "scale", "norm"), initial=_random(bench.distillation.seed))
+    bench.train(("adapter", "scale", "norm"), initial=random_start(bench.distillation.seed))
 
 
-def _random(seed: int) -> Callable[[str, int, int, int], LowRank]:
+def random_start(seed: int) -> Initial:
     """Factors that change nothing yet, each module's drawn from a seed of its own."""
     return lambda name, n, k, rank: random_low_rank(n, k, rank, seed=seed + zlib.crc32(name.encode()))
 

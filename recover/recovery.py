@@ -134,7 +134,7 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
         quantizer=quantizers.find(settings.quantizer),
         text=text,
         amounts=settings.amounts,
-        distillation=_fitting(settings.distillation, model),
+        distillation=fitting(settings.distillation, model),
         work=place,
         stages=stages,
         team=team,
@@ -155,7 +155,7 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     return out
 
 
-def _fitting(plan: Distillation, model: Any) -> Distillation:
+def fitting(plan: Distillation, model: Any) -> Distillation:
     """Large models recompute their activations: those of a batch would take more memory than the model."""
     large = sum(parameter.numel() for parameter in model.parameters()) > FLOAT32_PARAMETERS
     return replace(plan, checkpointing=True) if large else plan

@@ -117,18 +117,7 @@ class Workbench:
                 self.low_ranks[name] = initial(name, n, k, self.ranks[name])
         scaled = [name for name in self.schemes if name != HEAD] if "scale" in kinds else []
         self._adapt(scaled, scaling)
-        for step in distill(
-            self.model,
-            self.text.corpus,
-            self.text.train,
-            replace(self.distillation, train=kinds),
-            held_out=self.text.held_out,
-            state=self.work / "distill.pt",
-            accelerator=self.team.accelerator,
-        ):
-            note = f"KL {step.kl:.3f} on synthetic text"
-            self.tell(Progress("distill", step.index, self.distillation.steps, note))
-        self.model.cpu()  # an accelerator may have had it
+        learn(self.model, self.text, replace(self.distillation, train=kinds), self.work, self.team, self.tell)
         self._restore(scaled)
         self._finish("distilled")
 
@@ -180,10 +169,9 @@ class Workbench:
         for name, module in linears(self.model).items():
             if name in self.low_ranks or name in scaled:
                 base = states[name] if name in self.schemes else module.weight.detach()
-                parent, _, last = name.rpartition(".")
                 low_rank, train_scales = self.low_ranks.get(name), name in scaled
                 made = adapter.AdaptedLinear(module, base, low_rank, fast_dtype(), train_scales, scaling)
-                setattr(self.model.get_submodule(parent), last, made)
+                self.model.set_submodule(name, made)
 
     def _restore(self, scaled: Collection[str]) -> None:
         """The inverse of `_adapt`: plain linears that wear what was learned, as the checkpoint will hold it."""
@@ -197,9 +185,17 @@ class Workbench:
             if low_rank is not None:
                 self.low_ranks[name] = adapter.snap(low_rank) if name in self.schemes else low_rank
                 weight = weight + self.low_ranks[name].product()
-            parent, _, last = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), last, _plain(module, weight, self.model.dtype))
+            self.model.set_submodule(name, _plain(module, weight, self.model.dtype))
         self.low_ranks = {name: low_rank for name, low_rank in self.low_ranks.items() if name in self.schemes}
+
+
+def learn(model: Any, text: Text, plan: Distillation, work: Path, team: Team, tell: Tell) -> None:
+    """Train a model's trainable parts as `plan` says, on all processes; it ends on the CPU, in its best state."""
+    state, accelerator = work / "distill.safetensors", team.accelerator
+    steps = distill(model, text.corpus, text.train, plan, held_out=text.held_out, state=state, accelerator=accelerator)
+    for step in steps:
+        tell(Progress("distill", step.index, plan.steps, f"KL {step.kl:.3f} on synthetic text"))
+    model.cpu()  # an accelerator may have had it
 
 
 def _note(log: dict[str, Any]) -> str:

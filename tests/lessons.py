@@ -51,7 +51,7 @@ def student(teacher: Any, dtype: torch.dtype = torch.float32, *, scales: bool = 
     """The teacher with gate and up at 2 bits, a correction of rank 8 beside them, and down at 4 bits."""
     made = copy.deepcopy(teacher)
     for name, module in linears(teacher).items():
-        parent, _, last = name.rpartition(".")
+        last = name.rpartition(".")[2]
         if last in ("gate_proj", "up_proj"):
             quantized = quantize_nearest(module.weight, Scheme(2, 64))
             low_rank = correct(module.weight - quantized.dequantize(), Moments(torch.eye(128)), 8)
@@ -60,7 +60,7 @@ def student(teacher: Any, dtype: torch.dtype = torch.float32, *, scales: bool = 
             layer = AdaptedLinear(module, quantize_nearest(module.weight, Scheme(4, 64)), None, dtype, scales)
         else:
             continue
-        setattr(made.get_submodule(parent), last, layer)
+        made.set_submodule(name, layer)
     return made
 
 
