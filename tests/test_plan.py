@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from rlkit.export import inventory, plan
+from rlkit.export import inventory, plan, targets
 from rlkit.recover import recipe
 from rlkit.recover.source import ModelShape, Source, SourceKind, read_shape
 
@@ -60,10 +60,40 @@ def test_exact_level_is_allowed_and_named(checkpoint: Path) -> None:
     assert gate.kernel == "dequantize, then float"
 
 
-@pytest.mark.parametrize("target", ["npu", "igpu", ""])
-def test_other_targets_are_refused(checkpoint: Path, target: str) -> None:
-    with pytest.raises(ValueError, match=f"target '{target}' is not offered yet; use cpu"):
-        plan.plan_checkpoint(checkpoint, target=target)
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("",), "target '' does not exist; use cpu, igpu, npu"),
+        (("tpu",), "target 'tpu' does not exist"),
+        (("igpu", "cuda"), "igpu has no provider 'cuda'; use webgpu or dml"),
+        (("cpu", "dml"), "cpu has no provider 'dml'; use cpu"),
+        (("npu", "webgpu"), "npu has no provider 'webgpu'"),
+        (("dml", None, "float32"), "dml has no dtype 'float32'; use float16"),
+        (("cpu", None, "float16"), "cpu has no dtype 'float16'; use float32"),
+    ],
+)
+def test_targets_that_do_not_exist_are_refused(asked: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        plan.target_named(*asked)
+
+
+def test_devices_and_providers_name_targets() -> None:
+    assert plan.target_named("igpu").name == plan.target_named("webgpu").name == "webgpu"
+    assert plan.target_named("igpu", "dml") is plan.target_named("dml") is plan.TARGETS["dml"]
+    assert plan.target_named("npu").device == "npu"
+    assert plan.target_named("igpu", dtype="float32").dtype == "float32"
+    assert plan.target_named("igpu").dtype == "float16"
+
+
+@pytest.mark.parametrize("target", plan.TARGETS.values(), ids=plan.TARGETS)
+def test_the_table_agrees_with_itself(target: plan.Target) -> None:
+    assert target.supports <= set(targets.FEATURES)
+    for bits in (2, 4, 8):
+        stored = target.stored_bits(bits)
+        fast = target.kernel(stored, 64, target.level, 128, 32)
+        assert (fast is None) == (stored not in target.widths)
+        assert str(stored) in target.remedy(bits)
+    assert target.kernel(target.stored_bits(4), target.group, target.level) is not None
 
 
 def test_slow_levels_are_refused(checkpoint: Path) -> None:
@@ -134,11 +164,147 @@ def test_foreign_adapters_are_named(source: Path, tmp_path: Path) -> None:
         plan.plan_checkpoint(folder)
 
 
-def test_float_linears_are_refused(source: Path, tmp_path: Path) -> None:
+def test_float_linears_stay_float_where_they_run(source: Path, tmp_path: Path) -> None:
     some = recipe.parse('[[rule]]\nmatch = "*.down_proj"\nbits = 16\n[[rule]]\nbits = 4\n')
     folder = tiny.checkpoint(source, tmp_path / "ckpt", some)
-    with pytest.raises(ValueError, match="down_proj is not quantized"):
-        plan.plan_checkpoint(folder)
+    for name, width in (("cpu", 4), ("webgpu", 2)):
+        down = next(t for t in plan.plan_checkpoint(folder, target=name).tensors if t.kind == "down")
+        assert (down.bits, down.kernel, down.nbytes) == (8 * width, "float MatMul", width * 128 * 256)
+    with pytest.raises(ValueError, match=r"down_proj is a float matrix, and npu multiplies packed weights of 4 bits"):
+        plan.plan_checkpoint(folder, target="npu")
+
+
+def test_two_bits_are_widened_where_they_have_no_kernel(checkpoint: Path) -> None:
+    made = plan.plan_checkpoint(checkpoint, target="dml")
+    gate = next(t for t in made.tensors if t.kind == "gate_up")
+    assert (gate.bits, gate.group, gate.zero_points, gate.accuracy_level) == (4, 64, True, 0)
+    assert "2 bits in 4-bit fields, lossless" in gate.reason
+    assert gate.nbytes == 256 * (128 * 4 // 8 + 2 * 2 + 1)  # codes, float16 scales, zero points
+    assert made.exact is False  # level 0 is what DirectML runs
+
+
+def test_tied_embeddings_are_shared_where_they_can_be(checkpoint: Path) -> None:
+    table = {}
+    for name in ("webgpu", "dml"):
+        made = {tensor.name: tensor for tensor in plan.plan_checkpoint(checkpoint, target=name).tensors}
+        table[name] = made.get("model.embed_tokens")
+        assert ("; shared: " in made["lm_head"].reason) == (name == "webgpu")
+    assert table["webgpu"] is None
+    assert table["dml"] is not None
+    assert (table["dml"].kernel, table["dml"].nbytes) == ("Gather", 512 * 128 * 2)
+    assert "dml has no GatherBlockQuantized" in table["dml"].reason
+
+
+def test_the_npu_takes_no_branch_of_eight_bits(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora as a branch .* npu has no kernel for 8 bits; use 4; or merge it"):
+        plan.plan_checkpoint(checkpoint, target="npu")
+    held = inventory.read_checkpoint(checkpoint)
+    apart = plan.plan_inventory(held, target="npu", adapters="files")
+    kept = [tensor for tensor in apart.tensors if tensor.kind == "adapter"]
+    assert {tensor.bits for tensor in kept} == {16}
+    assert kept[0].nbytes == 2 * sum(
+        held.adapters[kept[0].name.removesuffix(".lora")].rank * size for size in (128, 256)
+    )
+    merged = plan.plan_inventory(held, target="npu", adapters="merged")
+    assert "adapter" not in merged.by_kind()
+    assert {tensor.bits for tensor in merged.tensors} == {4, 16}
+    with pytest.raises(ValueError, match="adapters = 'none' is no form of adapters; use branch, files, merged"):
+        plan.plan_inventory(held, adapters="none")
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "group", "k", "stored"),
+    [
+        ("cpu", 2, 256, 512, (2, 128)),  # no kernel for 256 at 2 bits: two blocks with one scale
+        ("cpu", 4, 256, 512, (4, 256)),
+        ("cpu", 2, 64, 96, (2, 64)),  # a ragged last block is fine
+        ("dml", 4, 128, 576, (4, 64)),  # 576 is no multiple of 128
+        ("dml", 2, 64, 96, (4, 32)),
+        ("npu", 4, 256, 512, (4, 128)),
+    ],
+)
+def test_groups_are_split_where_a_kernel_asks_for_it(
+    target: str, bits: int, group: int, k: int, stored: tuple[int, int]
+) -> None:
+    held = _inventory({"m.mlp.down_proj": inventory.Packed("m.mlp.down_proj", 32, k, bits, group)})
+    made = next(t for t in plan.plan_inventory(held, target=target).tensors if t.kind == "down")
+    assert (made.bits, made.group) == stored
+    assert ("in blocks of" in made.reason) == (group != stored[1])
+    blocks = -(-k // stored[1])
+    scale = 4 if target == "cpu" else 2
+    assert made.nbytes == 32 * (blocks * stored[0] * stored[1] // 8 + scale * blocks + -(-blocks * stored[0] // 8))
+
+
+def test_groups_that_cannot_be_split_are_refused() -> None:
+    held = _inventory({"m.mlp.down_proj": inventory.Packed("m.mlp.down_proj", 32, 128, 2, 16)})
+    with pytest.raises(ValueError, match=r"down_proj: 2 bits in groups of 16 .* cpu runs 2 bits fast with"):
+        plan.plan_inventory(held)
+    held = _inventory({"m.mlp.down_proj": inventory.Packed("m.mlp.down_proj", 32, 72, 4, 32)})
+    with pytest.raises(ValueError, match=r"for 72 inputs have no kernel; dml .* K a multiple of the block"):
+        plan.plan_inventory(held, target="dml")
+
+
+def test_zero_points_are_left_out_only_where_they_are_implied() -> None:
+    plain = inventory.Packed("m.mlp.down_proj", 32, 128, 4, 32, zero_points=False)
+    two = inventory.Packed("m.mlp.up_proj", 32, 128, 2, 32, zero_points=False)
+    held = _inventory({plain.module: plain, two.module: two})
+    written = {
+        name: {t.kind: t.zero_points for t in plan.plan_inventory(held, target=name).tensors if t.group}
+        for name in ("cpu", "dml", "npu")
+    }
+    assert written["cpu"] == {"lm_head": True, "down": False, "gate_up": False}
+    assert written["dml"] == {
+        "lm_head": True,
+        "down": False,
+        "gate_up": True,
+    }  # in 4-bit fields the middle code is another
+    assert written["npu"] == {"lm_head": True, "down": True, "gate_up": True}
+
+
+def test_webgpu_says_which_path_a_size_takes() -> None:
+    paths = {}
+    for k in (576, 640):
+        held = _inventory({"m.mlp.down_proj": inventory.Packed("m.mlp.down_proj", 64, k, 4, 64)})
+        paths[k] = next(t for t in plan.plan_inventory(held, target="webgpu").tensors if t.kind == "down")
+    assert paths[576].kernel == "WebGPU 4-bit x float"
+    assert paths[640].kernel == "WebGPU 4-bit x int8 (DP4A)"
+    assert "K % 128 = 0" in paths[640].reason
+
+
+def test_a_quantized_embedding_is_looked_up_packed_or_as_a_float_table() -> None:
+    table = inventory.Packed("model.embed_tokens", 512, 128, 8, 32)
+    head = {"lm_head": inventory.Packed("lm_head", 512, 128, 4, 32)}
+    for name, kernel, bits in (("cpu", "GatherBlockQuantized", 8), ("npu", "Gather", 16)):
+        made = plan.plan_inventory(_inventory({table.module: table, **head}), target=name)
+        found = next(t for t in made.tensors if t.kind == "embedding")
+        assert (found.kernel, found.bits) == (kernel, bits)
+
+
+@pytest.mark.parametrize("target", ["cpu", "webgpu", "dml"])
+def test_a_plan_survives_json(checkpoint: Path, target: str) -> None:
+    made = plan.plan_checkpoint(checkpoint, target=target)
+    assert plan.Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert sum(row["nbytes"] for row in made.summary()) == made.nbytes
+    assert sum(row["tensors"] for row in made.summary()) == len(made.tensors)
+
+
+def test_the_type_of_activations_survives_json(checkpoint: Path) -> None:
+    narrow = plan.plan_checkpoint(checkpoint, target="webgpu")
+    wide = plan.plan_checkpoint(checkpoint, target=plan.target_named("igpu", dtype="float32"))
+    assert plan.Plan.from_json(wide.to_json()).target.dtype == "float32"
+    assert wide.nbytes > narrow.nbytes
+
+
+@pytest.mark.parametrize("value", [{}, {"target": "cpu"}, {"target": "cpu", "tensors": [{"name": 1}]}])
+def test_what_is_no_plan_is_named(value: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="this is no plan"):
+        plan.Plan.from_json(value)
+
+
+def _inventory(packed: dict[str, inventory.Packed]) -> inventory.Inventory:
+    shape = ModelShape("LlamaForCausalLM", 1, 128, 256, 4, 2, 32, 512, False, 256, False)
+    head = {} if "lm_head" in packed else {"lm_head": inventory.Packed("lm_head", 512, 128, 4, 32)}
+    return inventory.Inventory("some", shape, {**packed, **head}, {}, {})
 
 
 def test_planning_imports_no_heavy_library() -> None:
