@@ -1,71 +1,226 @@
-"""Checkpoint folder -> bundle folder: the stock GenAI builder makes the graph, our passes finish it.
+"""A model on disk -> bundle folder.
 
-    read_checkpoint -> plan -> builder -> graph passes -> lint -> bundle
+    open_store -> plan -> skeleton (the stock builder's graph, no matrices) -> fill -> passes -> write -> lint -> bundle
 
-The builder is the one place of this room that imports torch, and only when it runs. It works offline: a checkpoint
-folder holds all it needs.
+The graph comes from the configuration, matrices go from the source's file to the bundle's one at a time, so memory is
+what the largest of them needs. Everything works offline: the source folder holds all that is needed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import re
-import shutil
-import sys
-import threading
-import warnings
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TypedDict, Unpack
 
-import numpy as np
-from numpy.typing import NDArray
+import onnx_ir as ir
 
-from rlkit.export import bundle
-from rlkit.export.inventory import Adapter, Inventory, adapter_tensor, read_checkpoint
-from rlkit.export.plan import EXACT, Plan, plan_inventory
+from rlkit.export import adapters as adapter_files
+from rlkit.export import bundle, fill, graph, lint, passes, skeleton, write
+from rlkit.export.adapters import LowRank, Slot
+from rlkit.export.inventory import Adapter, Inventory, adapter_tensor
+from rlkit.export.plan import Plan, plan_inventory
+from rlkit.export.store import Floats, Store, load_adapter, open_store
+from rlkit.export.targets import Target, target_named
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing
 from rlkit.recover.progress import Progress, Tell, silent
+from rlkit.recover.recipe import Recipe
+from rlkit.recover.source import Source, resolve
 
-_LAYER_LINE = re.compile(r"Reading layer (\d+)")
+ADAPTER_FORMS = ("branch", "files", "merged", "none")
+OWN_ADAPTER = "recovered"  # the name of the source's own adapter among adapter files
 _SPARE_NBYTES = 64 * 2**20  # tokenizer, manifests, and the room a file system wants
 
 
-def export_bundle(  # noqa: PLR0913, the options of one command
-    checkpoint: Path,
+class Options(TypedDict, total=False):
+    """The fields of Request, for calls that name them."""
+
+    target: str
+    provider: str | None
+    dtype: str | None
+    recipe: Recipe | None
+    accuracy_level: int | None
+    threads: int | None
+    logits: str
+    fuse: bool
+    adapters: str
+    adapter_files: Mapping[str, Path]
+    allow_slow: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an export is asked for.
+
+    target, provider, dtype: as targets.target_named takes them. recipe: bits of float matrices, rounded on the
+    way; None leaves them float. accuracy_level: 4 multiplies in int8, the only fast form of 2 and 8 bits on CPUs; 0 is
+    exact and slow, for checks; None is the target's. threads: written into the bundle; None is this process's cores.
+    logits: "last" computes them for the last token only, "all" for every token of the prompt. fuse: gate and up of a
+    layer as one matrix. adapters: what becomes of the source's own one, of ADAPTER_FORMS; adapter_files: further ones
+    by name, PEFT folders. allow_slow: ship what lint finds fault with.
+    """
+
+    target: str = "cpu"
+    provider: str | None = None
+    dtype: str | None = None
+    recipe: Recipe | None = None
+    accuracy_level: int | None = None
+    threads: int | None = None
+    logits: str = "last"
+    fuse: bool = True
+    adapters: str = "branch"
+    adapter_files: Mapping[str, Path] = field(default_factory=dict)
+    allow_slow: bool = False
+
+    def __post_init__(self) -> None:
+        if self.logits not in ("last", "all"):
+            raise ValueError(f"logits = {self.logits!r} is not offered; use last or all")
+        if self.adapters not in ADAPTER_FORMS:
+            raise ValueError(f"adapters = {self.adapters!r} is not offered; use {', '.join(ADAPTER_FORMS)}")
+
+    def where(self) -> Target:
+        """The target, by its description."""
+        return target_named(self.target, self.provider, self.dtype)
+
+
+def plan_export(source: Source | Path, **options: Unpack[Options]) -> Plan:
+    """What an export would make, from headers alone."""
+    request = Request(**options)
+    return _plan(_store(_source(source), request).inventory, request)
+
+
+def export_bundle(
+    source: Source | Path,
     out: Path,
     *,
-    target: str = "cpu",
-    accuracy_level: int = 4,
-    threads: int | None = None,
     force: bool = False,
     tell: Tell = silent,
     measure: bundle.Measure | None = None,
+    **options: Unpack[Options],
 ) -> Path:
-    """Export a checkpoint folder to the bundle folder `out`, which is complete or absent; return `out`.
+    """Export a model or checkpoint to the bundle folder `out`, which is complete or absent; return `out`.
 
-    `accuracy_level` 4 multiplies in int8, the only fast form of 2 and 8 bits; 0 is exact and slow, for checks.
-    `threads` is written into the bundle; None means the cores this process may use. `measure` gets the finished folder
-    before it is renamed; what it returns becomes the manifest's `divergence`.
+    `measure` gets the finished folder before it is renamed; what it returns becomes the manifest's `divergence`, and
+    what it raises leaves nothing behind. Options are those of Request.
 
     Raises FileNotFoundError, FileExistsError, OSError (no space) or ValueError, one line with the remedy.
     """
     refuse_existing(out, force=force)
     _refuse_foreign(out)
-    inventory = read_checkpoint(checkpoint)
-    plan = plan_inventory(inventory, target=target, accuracy_level=accuracy_level)
-    settings = bundle.Settings(plan, threads)
-    need_space(out.parent, 2 * plan.nbytes + _SPARE_NBYTES)
-    tell(Progress("builder", 0, inventory.shape.layers, "loading"))
-    _import_builder()
-    with fresh_folder(out, force=force) as work:
-        built = work / ".build"
-        _run_builder(checkpoint, inventory, plan, built, tell)
-        tensors = _finish_graph(checkpoint, inventory, plan, built, work, tell)
-        bundle.finish(bundle.Parts(work, built, checkpoint, inventory, tensors), settings, measure=measure, tell=tell)
+    request, found = Request(**options), _source(source)
+    store = _store(found, request)
+    plan = _plan(store.inventory, request)
+    settings = bundle.Settings(plan, request.threads, request.logits, request.recipe)
+    need_space(out.parent, plan.nbytes + _SPARE_NBYTES)
+    tell(Progress("graph", 0, store.inventory.shape.layers, "loading"))
+    skeleton.import_builder()
+    peft = {name: adapter_files.read_peft(folder) for name, folder in _file_adapters(found, request).items()}
+    with fresh_folder(out, force=force) as work, tempfile.TemporaryDirectory() as scratch:
+        builder_options = _builder_options(store.inventory, request)
+        made = skeleton.make_skeleton(store, plan.target, builder_options, Path(scratch), tell)
+        _finish_graph(made.model, store, plan, request, found.path)
+        slots = _adapter_inputs(made.model, peft)
+        _write(made.model, work, plan, request, tell)
+        files = [adapter_files.write_adapter(work, name, low_ranks, slots) for name, low_ranks in peft.items()]
+        tensors = [tensor.to_json() for tensor in graph.stored_tensors(made.model)]
+        parts = bundle.Parts(work, made, found, store, tensors, [file.to_json() for file in files])
+        bundle.finish(parts, settings, measure=measure, tell=tell)
     return out
+
+
+def _adapter_inputs(model: ir.Model, peft: Mapping[str, Mapping[str, LowRank]]) -> list[Slot]:
+    """Inputs for every module that one of the adapters changes."""
+    modules = {
+        module: (part.a.shape[1], part.b.shape[0]) for adapter in peft.values() for module, part in adapter.items()
+    }
+    return adapter_files.add_inputs(model, modules) if modules else []
+
+
+def _source(source: Source | Path) -> Source:
+    if isinstance(source, Source):
+        return source
+    if not source.exists():
+        raise FileNotFoundError(f"no folder or file {source}; make a checkpoint with: rlkit recover MODEL -o {source}")
+    return resolve(source)
+
+
+def _store(source: Source, request: Request) -> Store:
+    return open_store(source, request.recipe, adapters=request.adapters)
+
+
+def _plan(inventory: Inventory, request: Request) -> Plan:
+    return plan_inventory(inventory, target=request.where(), accuracy_level=request.accuracy_level)
+
+
+def _builder_options(inventory: Inventory, request: Request) -> dict[str, str]:
+    """q, k and v as one matrix, unless they are stored differently or one of them has an adapter."""
+    schemes: dict[str, set[Any]] = {}
+    for layer in range(inventory.shape.layers):
+        base = f"model.layers.{layer}.self_attn"
+        schemes[base] = {_scheme(inventory, f"{base}.{part}") for part in fill.QKV}
+    apart = any(len(found) > 1 for found in schemes.values())
+    adapted = any(module.endswith(fill.QKV) for module in inventory.adapters)
+    return {"fuse_qkv": "false"} if apart or adapted else {}
+
+
+def _scheme(inventory: Inventory, module: str) -> Any:
+    packed = inventory.packed.get(module)
+    return None if packed is None else (packed.bits, packed.group, packed.zero_points)
+
+
+def _finish_graph(model: ir.Model, store: Store, plan: Plan, request: Request, source: Path) -> None:
+    """Everything between the builder's graph and the one that is written."""
+    inventory = store.inventory
+    if request.fuse:
+        passes.join_gate_and_up(model, _joinable(inventory))
+    fill.fill(model, store, plan)
+    for adapter, a, b in _branches(inventory, source):
+        graph.add_adapter(model, adapter, a, b, level=plan.accuracy_level)
+
+
+def _joinable(inventory: Inventory) -> frozenset[str]:
+    """MLPs whose gate and up are packed alike and have no adapter in the graph."""
+    bases = [f"model.layers.{layer}.mlp" for layer in range(inventory.shape.layers)]
+    pairs = {base: [f"{base}.{part}" for part in fill.GATE_UP] for base in bases}
+    return frozenset(
+        base
+        for base, pair in pairs.items()
+        if len({_scheme(inventory, module) for module in pair} - {None}) == 1
+        and all(module in inventory.packed and module not in inventory.adapters for module in pair)
+    )
+
+
+def _branches(inventory: Inventory, source: Path) -> Iterator[tuple[Adapter, Floats, Floats]]:
+    """The source's own adapter, module by module."""
+    if inventory.adapters:
+        stored = load_adapter(source / "adapter")
+        for module, adapter in inventory.adapters.items():
+            a, b = (stored[adapter_tensor(module, letter)] for letter in "AB")
+            yield adapter, a, b
+
+
+def _file_adapters(source: Source, request: Request) -> dict[str, Path]:
+    """PEFT folders to be kept as adapter files, by name."""
+    own = {OWN_ADAPTER: source.path / "adapter"} if request.adapters == "files" else {}
+    if own and not own[OWN_ADAPTER].is_dir():
+        raise ValueError(f"{source.reference} has no adapter to keep as a file; leave --adapters out")
+    return {**own, **request.adapter_files}
+
+
+def _write(model: ir.Model, work: Path, plan: Plan, request: Request, tell: Tell) -> None:
+    """The graph and its constants, then the same with the last token's logits only, and what lint thinks of it."""
+    write.write(model, work / bundle.MODEL, tell=tell)
+    if request.logits == "last":
+        write.write_graph(model, work / bundle.ALL_LOGITS)
+        passes.keep_last_logits(model)
+        write.write_graph(model, work / bundle.MODEL)
+    findings = lint.lint_file(work / bundle.MODEL, target=plan.target.name)
+    tell(Progress("lint", 1, 1, f"{len(findings)} findings"))
+    if findings and not (plan.exact or request.allow_slow):
+        first = findings[0]
+        why = f"{len(findings)} nodes would run slowly or not at all, first {first.node}: {first.reason}; {first.fix}"
+        raise ValueError(f"{why}; --allow-slow ships it all the same")
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -74,136 +229,3 @@ def _refuse_foreign(out: Path) -> None:
         raise ValueError(f"{out} holds something that is no bundle, so it is not replaced; choose another -o")
     if out.is_file():
         raise ValueError(f"{out} is a file, so no bundle folder can take its place; choose another -o")
-
-
-def _finish_graph(
-    checkpoint: Path, inventory: Inventory, plan: Plan, built: Path, work: Path, tell: Tell
-) -> list[dict[str, Any]]:
-    from rlkit.export import graph, lint
-
-    tell(Progress("graph", 0, 1))
-    model = graph.load(built / bundle.MODEL)
-    graph.square_scales(model)
-    graph.set_accuracy_level(model, plan.accuracy_level)
-    for adapter, a, b in _adapters(checkpoint, inventory):
-        graph.add_adapter(model, adapter, a, b, level=plan.accuracy_level)
-    graph.save(model, work / bundle.MODEL)
-    tensors = [tensor.to_json() for tensor in graph.stored_tensors(model)]
-    tell(Progress("graph", 1, 1))
-    findings = lint.lint_file(work / bundle.MODEL, target=plan.target.name)
-    if findings and plan.accuracy_level != EXACT:
-        first = findings[0]
-        raise ValueError(f"{len(findings)} nodes would run slowly, first {first.node}: {first.reason}; {first.fix}")
-    tell(Progress("lint", 1, 1, f"{len(findings)} findings"))
-    return tensors
-
-
-def _adapters(
-    checkpoint: Path, inventory: Inventory
-) -> Iterator[tuple[Adapter, NDArray[np.float32], NDArray[np.float32]]]:
-    from safetensors.numpy import load_file
-
-    if not inventory.adapters:
-        return
-    stored = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
-    for module, adapter in inventory.adapters.items():
-        a, b = (stored[adapter_tensor(module, letter)].astype(np.float32) for letter in "AB")
-        yield adapter, a, b
-
-
-def _import_builder() -> Any:
-    """The builder's module. Imported before anything is written: third-party imports may swallow a Ctrl-C."""
-    with _quiet(None):
-        from onnxruntime_genai.models import builder
-    return builder
-
-
-def _run_builder(checkpoint: Path, inventory: Inventory, plan: Plan, built: Path, tell: Tell) -> None:
-    """Let the stock builder write its folder `built`; its complaints become one-line ValueErrors."""
-    builder, layers = _import_builder(), inventory.shape.layers
-
-    def heard(line: str) -> None:
-        match = _LAYER_LINE.match(line)
-        if match:
-            tell(Progress("builder", int(match[1]) + 1, layers))
-
-    with _quiet(heard), _offline():
-        folder, cache = str(checkpoint), str(built / ".cache")
-        arguments = (folder, folder, str(built), "int4", plan.target.provider, cache)
-        try:
-            options = builder.parse_extra_options(*arguments, _builder_options(inventory, plan))
-            builder.create_model(*arguments, **options)
-        except (NotImplementedError, ValueError, KeyError) as error:
-            line = str(error).strip().split("\n")[0]
-            raise ValueError(f"the model builder refuses {checkpoint}: {line}; see `rlkit inspect`") from error
-    shutil.rmtree(built / ".cache", ignore_errors=True)
-
-
-def _builder_options(inventory: Inventory, plan: Plan) -> list[str]:
-    options = [
-        f"shared_embeddings={str(inventory.shape.tied).lower()}",
-        f"accuracy_level={plan.accuracy_level}",
-        "hf_token=false",
-    ]
-    if "lm_head" not in inventory.packed:  # the builder would quantize it to 4 bits by itself
-        options.append("nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather")
-    if any(module.endswith(("q_proj", "k_proj", "v_proj")) for module in inventory.adapters):
-        options.append("fuse_qkv=false")  # so that each has a node for its branch
-    return options
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Forbid the hub's client to use the network: everything is in the folder."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-@contextlib.contextmanager
-def _quiet(heard: Any) -> Iterator[None]:
-    """Hear what this thread prints instead of showing it; other threads (progress bars) print as ever."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    out, err = _Ear(sys.stdout, heard), _Ear(sys.stderr, None)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:  # the builder's imports set up logging for the whole process
-            root.setLevel(level)
-            root.handlers[:] = handlers
-
-
-class _Ear(io.TextIOBase):
-    """A text stream that passes each line written by its own thread to `heard`, and the rest on to `stream`."""
-
-    def __init__(self, stream: TextIO, heard: Any) -> None:
-        self._stream, self._heard = stream, heard
-        self._thread = threading.get_ident()
-        self._listening = True
-
-    def write(self, text: str) -> int:
-        if threading.get_ident() != self._thread or not self._listening:
-            return self._stream.write(text)
-        if self._heard is not None:
-            self._listening = False  # what the listener prints is meant to be seen
-            try:
-                self._heard(text)
-            finally:
-                self._listening = True
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()

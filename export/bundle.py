@@ -1,6 +1,8 @@
 """The bundle folder: what stock onnxruntime-genai needs to run the model, and what is known about it.
 
 model.onnx, model.onnx.data        the graph and its tensors
+logits.onnx                        where model.onnx has the last token's logits only: the same with all of them
+adapters/NAME.onnx_adapter         low-rank adapters to switch between at run time
 genai_config.json                  how to run it: threads, cache, search defaults, end-of-turn tokens
 tokenizer files, chat_template.jinja
 recipe.toml                        what was asked of recovery
@@ -20,17 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.export.card import card
-from rlkit.export.inventory import Inventory
 from rlkit.export.plan import Plan, default_threads
+from rlkit.export.skeleton import Skeleton
+from rlkit.export.store import Store
 from rlkit.recover import recipe
 from rlkit.recover.atomic import sha256, write_json, write_text
 from rlkit.recover.progress import Progress, Tell, silent
-from rlkit.recover.source import read_json
+from rlkit.recover.source import Source, read_json
 
 SCHEMA_VERSION = 1
 MODEL = "model.onnx"
+ALL_LOGITS = "logits.onnx"
 MANIFEST = "rlkit.json"
 CARD = "README.md"
+RECIPE = "recipe.toml"
 DEFAULT_MAX_LENGTH = 2048  # the cache is reserved for this many tokens unless a caller asks for another length
 PACKAGES = ("rlkit-edge", "onnxruntime", "onnxruntime-genai", "onnx-ir", "torch", "transformers")
 # Chat models end their turn with one of these, whatever eos_token their config names.
@@ -45,6 +50,8 @@ class Settings:
 
     plan: Plan
     threads: int | None
+    logits: str
+    recipe: recipe.Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 1024:
@@ -59,27 +66,31 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Where the pieces of a bundle come from; `work` is the folder being made, `built` the builder's inside it."""
+    """Where the pieces of a bundle come from; `work` is the folder being made, which holds the graphs already."""
 
     work: Path
-    built: Path
-    checkpoint: Path
-    inventory: Inventory
+    skeleton: Skeleton
+    source: Source
+    store: Store
     tensors: list[dict[str, Any]]
+    adapters: list[dict[str, Any]]
 
 
 def finish(parts: Parts, settings: Settings, *, measure: Measure | None = None, tell: Tell = silent) -> None:
-    """Complete `parts.work`, which holds the graph already; the builder's folder goes."""
+    """Complete `parts.work`."""
     tell(Progress("bundle", 0, 1))
-    for file in sorted(parts.built.iterdir()):
-        if file.is_file() and file.name not in (MODEL, MODEL + ".data", "genai_config.json"):
+    for file in sorted(parts.skeleton.folder.iterdir()):
+        if file.is_file() and file.name != "genai_config.json":
             shutil.copy(file, parts.work / file.name)
-    config = json.loads((parts.built / "genai_config.json").read_text(encoding="utf-8"))
-    write_json(parts.work / "genai_config.json", runnable_config(config, parts.work, settings))
-    if (parts.checkpoint / "recipe.toml").is_file():
-        shutil.copy(parts.checkpoint / "recipe.toml", parts.work / "recipe.toml")
-    shutil.rmtree(parts.built)
-    hashes = {file.name: sha256(file) for file in sorted(parts.work.iterdir())}
+    if not (parts.work / "tokenizer.json").is_file():
+        raise ValueError(f"{parts.source.reference} has no tokenizer.json, so nothing could run it; add its tokenizer")
+    write_json(parts.work / "genai_config.json", runnable_config(parts.skeleton.config, parts.work, settings))
+    if settings.recipe is not None:
+        write_text(parts.work / RECIPE, settings.recipe.to_toml())
+    elif (parts.source.path / RECIPE).is_file():
+        shutil.copy(parts.source.path / RECIPE, parts.work / RECIPE)
+    files = sorted(file for file in parts.work.rglob("*") if file.is_file())
+    hashes = {file.relative_to(parts.work).as_posix(): sha256(file) for file in files}
     manifest = _manifest(parts, settings)
     _write_manifest(parts.work, manifest, hashes)
     tell(Progress("bundle", 1, 1))
@@ -94,7 +105,8 @@ def runnable_config(config: dict[str, Any], folder: Path, settings: Settings) ->
     """The builder's genai_config.json with explicit threads, one KV buffer, and every end-of-turn token."""
     model, search = config["model"], config["search"]
     options = model["decoder"]["session_options"]
-    options["provider_options"] = []
+    if settings.plan.target.device == "cpu":
+        options["provider_options"] = []
     options["intra_op_num_threads"] = settings.threads_json()["value"]
     eos = model["eos_token_id"]
     ids = eos if isinstance(eos, list) else [eos]
@@ -117,20 +129,24 @@ def turn_end_ids(folder: Path) -> list[int]:
 
 
 def _manifest(parts: Parts, settings: Settings) -> dict[str, Any]:
-    recovery = parts.checkpoint / "recovery.json"
+    recovery = parts.source.path / "recovery.json"
     provenance = read_json(recovery) if recovery.is_file() else None
-    asked = parts.work / "recipe.toml"
+    asked, plan = parts.work / RECIPE, settings.plan.to_json()
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "source": (provenance or {}).get("source", parts.checkpoint.name),
+        "source": (provenance or {}).get("source") or {"reference": parts.source.reference, "kind": parts.source.kind},
         "recipe": recipe.load(asked).to_json() if asked.is_file() else None,
-        "shape": parts.inventory.shape.to_json(),
+        "shape": parts.store.inventory.shape.to_json(),
         "target": settings.plan.target.name,
         "accuracy_level": settings.plan.accuracy_level,
+        "logits": settings.logits,
+        "adapters": {adapter["name"]: adapter for adapter in parts.adapters},
         "threads": settings.threads_json(),
         "tensors": parts.tensors,
         "nbytes": sum(tensor["nbytes"] for tensor in parts.tensors),
+        "plan": plan,
+        "report": parts.store.report,
         "versions": {name: _version(name) for name in PACKAGES},
         "divergence": None,
         "provenance": provenance,

@@ -12,7 +12,7 @@ what the graph keeps apart); rows of packed matrices are cut and stacked exactly
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from rlkit.export.store import Store
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 HEAD = "lm_head"
+DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,25 @@ def fill(model: ir.Model, store: Store, plan: Plan) -> None:
                 head = made if parts[0].module == HEAD else head
             else:
                 _fill_float(node, 1, store, parts, transposed=True)
-    embedding = next(
-        (n for n in model.graph if n.op_type == "Gather" and _name_of(_constant_of(n, 0)) == EMBEDDING), None
-    )
+    embedding = next((node for node in model.graph if _name_of(_constant_of(node, 0)) == EMBEDDING), None)
     if embedding is not None:
-        if inventory.shares_embedding and plan.target.shares_embedding and head is not None:
-            _share(model, embedding, head)
-        else:
-            _fill_float(embedding, 0, store, [Part("model.embed_tokens")], transposed=False)
-    _check(model)
+        _fill_embedding(model, embedding, head, store, plan)
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            raise ValueError(f"{inventory.name} lacks {module_of(name)}; its shards or its config.json are damaged")
+
+
+def _fill_embedding(model: ir.Model, node: ir.Node, head: ir.Node | None, store: Store, plan: Plan) -> None:
+    """Packed rows where the target looks them up, its own or lm_head's; else a float table."""
+    inventory, own = store.inventory, Part(EMBEDDING.removesuffix(".weight"))
+    if plan.target.shares_embedding and own.module in inventory.packed:
+        loader = _Loader(store, plan, [own], _Memory())
+        _look_up(model, node, _constants(model, loader, own.module, plan), loader.bits, loader.group)
+    elif plan.target.shares_embedding and inventory.shares_embedding and head is not None:
+        bits, block = (head.attributes[name].as_int() for name in ("bits", "block_size"))
+        _look_up(model, node, list(head.inputs[1:]), bits, block)
+    else:
+        _fill_float(node, 0, store, [own], transposed=False)
 
 
 def parts_of(inventory: Inventory, module: str) -> list[Part]:
@@ -106,7 +117,7 @@ class _Loader:
         planned = {tensor.name: tensor for tensor in plan.tensors}
         first = planned[parts[0].module]
         self.bits, self.level = first.bits, first.accuracy_level or 0
-        self.group, self.k = packed[0].group, packed[0].k
+        self.group, self.k = first.group or packed[0].group, packed[0].k
         rows = [part.rows or (0, matrix.n) for part, matrix in zip(parts, packed, strict=True)]
         self.n = sum(stop - start for start, stop in rows)
         self.zero_points = any(planned[part.module].zero_points for part in parts)
@@ -115,7 +126,8 @@ class _Loader:
         """Stacked, in the target's width."""
         if self._memory.owner is not self or self._memory.matrix is None:
             self._memory.matrix = None  # before the next one is read
-            self._memory.matrix = stack([self._one(part) for part in self.parts]).widened(self.bits)
+            whole = stack([self._one(part) for part in self.parts])
+            self._memory.matrix = whole.widened(self.bits).split(self.group)
             self._memory.owner = self
         return self._memory.matrix
 
@@ -127,61 +139,54 @@ class _Loader:
 def _pack(model: ir.Model, node: ir.Node, loader: _Loader, plan: Plan) -> ir.Node:
     """Put a MatMulNBits in the place of a MatMul."""
     name = (node.name or "").removesuffix("/MatMul") + "/MatMulNBits"
-    prefix = name.strip("/").replace("/", ".")
-    if not prefix.startswith(("model.", HEAD)):
-        prefix = f"model.{prefix}"
-    kind = _dtype(plan)
-    groups = -(-loader.k // loader.group)
-    shapes: dict[str, tuple[Callable[[], NDArray[Any]], Any, tuple[int, ...]]] = {
-        "qweight": (
-            lambda: loader.matrix().blocks(),
-            ir.DataType.UINT8,
-            (loader.n, groups, loader.group * loader.bits // 8),
-        ),
-        "scales": (lambda: loader.matrix().scales, kind, (loader.n, groups)),
-        "qzeros": (lambda: loader.matrix().qzeros, ir.DataType.UINT8, (loader.n, -(-groups * loader.bits // 8))),
-    }
-    if not loader.zero_points:
-        del shapes["qzeros"]
-    constants = [_lazy(model, f"{prefix}.{part}", *what) for part, what in shapes.items()]
-    attributes = {
-        "K": loader.k,
-        "N": loader.n,
-        "bits": loader.bits,
-        "block_size": loader.group,
-        "accuracy_level": loader.level,
-    }
-    (output,) = node.outputs
-    weight = node.inputs[1]
-    made = ir.node("MatMulNBits", [node.inputs[0], *constants], attributes, domain="com.microsoft", name=name)
-    made.outputs[0].shape, made.outputs[0].type = output.shape, output.type
-    ir.convenience.replace_nodes_and_values(model.graph, node, [node], [made], [output], [made.outputs[0]])
-    _forget(model, weight)
+    constants = _constants(model, loader, name.strip("/").replace("/", "."), plan)
+    sizes = {"K": loader.k, "N": loader.n, "bits": loader.bits, "block_size": loader.group}
+    attributes = {**sizes, "accuracy_level": loader.level}
+    made = ir.node("MatMulNBits", [node.inputs[0], *constants], attributes, domain=DOMAIN, name=name)
+    _replace(model, node, [made])
     return made
 
 
-def _share(model: ir.Model, node: ir.Node, head: ir.Node) -> None:
-    """Let the embedding read the rows of a packed lm_head instead of a table of its own."""
-    qweight, *rest = head.inputs[1:]
-    bits, block, n = (head.attributes[name].as_int() for name in ("bits", "block_size", "N"))
-    assert qweight is not None and qweight.shape is not None
-    width = int(qweight.shape[1]) * int(qweight.shape[2])
+def _constants(model: ir.Model, loader: _Loader, prefix: str, plan: Plan) -> list[ir.Value | None]:
+    """Codes, scales and, where they are needed, zero points of a packed matrix."""
+    kind, byte = _dtype(plan), ir.DataType.UINT8
+    groups, width = -(-loader.k // loader.group), loader.group * loader.bits // 8
+    parts: dict[str, tuple[Callable[[], NDArray[Any]], ir.DataType, tuple[int, ...]]] = {
+        "qweight": (lambda: loader.matrix().blocks(), byte, (loader.n, groups, width)),
+        "scales": (lambda: loader.matrix().scales, kind, (loader.n, groups)),
+        "qzeros": (lambda: loader.matrix().qzeros, byte, (loader.n, -(-groups * loader.bits // 8))),
+    }
+    if not loader.zero_points:
+        del parts["qzeros"]
+    return [_lazy(model, f"{prefix}.{part}", *what) for part, what in parts.items()]
+
+
+def _look_up(model: ir.Model, node: ir.Node, constants: list[ir.Value | None], bits: int, block: int) -> None:
+    """Let the embedding read packed rows: codes (n, groups, width), scales and zero points as MatMulNBits has them."""
+    qweight, *rest = constants
+    assert qweight is not None and qweight.const_value is not None
+    n, groups, width = (int(size) for size in qweight.const_value.shape)
     name = "/model/embed_tokens"
-    size = ir.tensor(np.array([n, width], np.int64), name="model.embed_tokens.shape")
+    size = ir.tensor(np.array([n, groups * width], np.int64), name="model.embed_tokens.sizes")
     shape = ir.Value(name=size.name, type=ir.TensorType(size.dtype), shape=ir.Shape([2]), const_value=size)
     model.graph.register_initializer(shape)
     flat = ir.node("Reshape", [qweight, shape], name=f"{name}/Reshape")
     flat.outputs[0].name = f"{name}/Reshape/output_0"
     attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     inputs = [flat.outputs[0], node.inputs[1], *rest]
-    made = ir.node(
-        "GatherBlockQuantized", inputs, attributes, domain="com.microsoft", name=f"{name}/GatherBlockQuantized"
-    )
-    (output,) = node.outputs
-    made.outputs[0].shape, made.outputs[0].type = output.shape, output.type
-    table = node.inputs[0]
-    ir.convenience.replace_nodes_and_values(model.graph, node, [node], [flat, made], [output], [made.outputs[0]])
-    _forget(model, table)
+    made = ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=f"{name}/GatherBlockQuantized")
+    _replace(model, node, [flat, made])
+
+
+def _replace(model: ir.Model, node: ir.Node, made: list[ir.Node]) -> None:
+    """Put nodes in the place of one, whose result the last of them has, and drop constants nothing reads any more."""
+    (output,), (result,) = node.outputs, made[-1].outputs
+    result.shape, result.type = output.shape, output.type
+    constants = [value for value in node.inputs if value is not None and value.is_initializer()]
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], made, [output], [result])
+    for value in constants:
+        if not value.uses() and value.name in model.graph.initializers:
+            del model.graph.initializers[value.name]
 
 
 def _fill_float(node: ir.Node, index: int, store: Store, parts: list[Part], *, transposed: bool) -> None:
@@ -234,18 +239,3 @@ def _constant_of(node: ir.Node, index: int) -> ir.Value | None:
 
 def _name_of(value: ir.Value | None) -> str | None:
     return None if value is None else value.name
-
-
-def _forget(model: ir.Model, value: ir.Value | None) -> None:
-    """Drop a constant that nothing reads any more."""
-    if value is not None and value.name in model.graph.initializers and not value.uses():
-        del model.graph.initializers[value.name]
-
-
-def _check(model: ir.Model) -> None:
-    for value in _without_data(model):
-        raise ValueError(f"the graph wants {value}, which the model does not have; its shards or config are damaged")
-
-
-def _without_data(model: ir.Model) -> Iterator[str]:
-    return (name for name, value in model.graph.initializers.items() if value.const_value is None)

@@ -28,8 +28,8 @@ from rlkit.export.plan import uses_float_branch
 from rlkit.recover import packing
 from rlkit.recover.contents import kind_of
 
-DATA_SUFFIX = ".data"
 PACKED_OPS = ("MatMulNBits", "GatherBlockQuantized")
+LINEAR_OPS = ("MatMulNBits", "MatMul")
 _BUILDER_NAMES = ((".attn.", ".self_attn."), (".final_norm_layernorm", ".final_norm"))
 
 
@@ -57,7 +57,7 @@ def load(path: Path) -> ir.Model:
 def save(model: ir.Model, path: Path) -> None:
     """Write `path` and, beside it, all its tensors in `path` + .data."""
     model.graph.sort()
-    ir.save(model, path, external_data=path.name + DATA_SUFFIX)
+    ir.save(model, path, external_data=path.name + ".data")
 
 
 def matmul_nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -75,34 +75,17 @@ def module_of(name: str) -> str:
     return dotted
 
 
-def set_accuracy_level(model: ir.Model, level: int) -> None:
-    """Ask every MatMulNBits for this accuracy level: 4 = int8 activations, 0 = exact float32."""
-    for node in matmul_nodes(model):
-        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
-
-
-def square_scales(model: ir.Model) -> None:
-    """Give flat scales and zero points their rows back: (N * G) -> (N, G).
-
-    MatMulNBits takes both forms, GatherBlockQuantized, which shares them where embeddings are tied, only this one.
-    """
-    for node in matmul_nodes(model):
-        n = node.attributes["N"].as_int()
-        for value in node.inputs[2:4]:
-            if value is None or value.const_value is None or len(value.const_value.shape) != 1:
-                continue
-            squared = value.const_value.numpy().reshape(n, -1)
-            value.const_value = ir.tensor(squared, name=value.name)
-            value.shape = ir.Shape(squared.shape)
-
-
 def add_adapter(
     model: ir.Model, adapter: Adapter, a: NDArray[np.float32], b: NDArray[np.float32], *, level: int
 ) -> None:
-    """Add the branch scale * B (A x) to the node of `adapter.module`; ValueError if the graph has no such node."""
-    node = next((node for node in matmul_nodes(model) if module_of(node.name or "") == adapter.module), None)
+    """Add the branch scale * B (A x) to the node of `adapter.module`; ValueError if the graph has no such node.
+
+    Float constants are of the type of the node's result.
+    """
+    named = (node for node in model.graph if module_of(node.name or "") == adapter.module)
+    node = next((node for node in named if node.op_type in LINEAR_OPS), None)
     if node is None:
-        raise ValueError(f"the graph has no quantized node for {adapter.module}, so its adapter has no place")
+        raise ValueError(f"the graph has no node for {adapter.module}, so its adapter has no place")
     base = (node.name or "").rsplit("/", 1)[0]
     x = node.inputs[0]
     if uses_float_branch(adapter.rank, adapter.k):
@@ -124,7 +107,7 @@ def stored_tensors(model: ir.Model) -> list[StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None:
+        if tensor is None or tensor.dtype == ir.DataType.INT64:  # shapes and positions are no weights
             continue
         module = module_of(name).removesuffix(".weight")
         bits, group = formats.get(name, (tensor.dtype.bitwidth, None))
@@ -143,6 +126,7 @@ def _snapped_product(
         "qweight": packing.blocks(snapped.codes, 8, snapped.block),
         "scales": snapped.scales * np.float32(scale),  # the codes stay as they are, whatever alpha / r is
     }
+    constants["scales"] = constants["scales"].astype(_kind(x).numpy())
     prefix = f"{name.strip('/').replace('/', '.')}.MatMulNBits"
     inputs = [x, *(_constant(model, value, f"{prefix}.{part}") for part, value in constants.items())]
     attributes = {"K": k, "N": n, "bits": 8, "block_size": snapped.block, "accuracy_level": level}
@@ -155,7 +139,8 @@ def _snapped_product(
 
 
 def _float_product(model: ir.Model, x: ir.Value | None, weight: NDArray[np.float32], name: str) -> ir.Value:
-    constant = _constant(model, np.ascontiguousarray(weight.T), f"{name.strip('/').replace('/', '.')}.MatMul.weight")
+    transposed = np.ascontiguousarray(weight.T.astype(_kind(x).numpy()))
+    constant = _constant(model, transposed, f"{name.strip('/').replace('/', '.')}.MatMul.weight")
     return _append(model, ir.node("MatMul", [x, constant], outputs=[_like(x, weight.shape[0], f"{name}/MatMul")]))
 
 
@@ -187,4 +172,9 @@ def _constant(model: ir.Model, array: NDArray[Any], name: str) -> ir.Value:
 
 def _like(x: ir.Value | None, size: int, name: str) -> ir.Value:
     shape = None if x is None or x.shape is None else ir.Shape([*x.shape[:-1], size])
-    return ir.Value(name=f"{name}/output_0", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+    return ir.Value(name=f"{name}/output_0", type=ir.TensorType(_kind(x)), shape=shape)
+
+
+def _kind(x: ir.Value | None) -> ir.DataType:
+    """The type of a value; float32 where the graph does not say."""
+    return x.type.dtype if x is not None and isinstance(x.type, ir.TensorType) else ir.DataType.FLOAT

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit.export.inventory import Inventory, Packed, read_checkpoint, read_float_model
+from rlkit.export.inventory import Inventory, Packed, adapter_tensor, read_checkpoint, read_float_model
 from rlkit.export.matrix import Matrix
 from rlkit.recover.atomic import write_json
 from rlkit.recover.recipe import Recipe, Scheme
@@ -48,18 +48,26 @@ class Store(Protocol):
         """Write what the graph builder reads: config.json (of a float model), generation config, tokenizer files."""
 
 
-def open_store(source: Source, recipe: Recipe | None = None) -> Store:
+def open_store(source: Source, recipe: Recipe | None = None, *, adapters: str = "branch") -> Store:
     """The store of a model on disk; the float matrices that `recipe` names are rounded on the way.
 
+    Its own adapter stays beside it ("branch"), is folded into float weights ("merged"), or left out (anything else).
     Raises ValueError or FileNotFoundError, one line with the remedy, for what is no model or damaged.
     """
+    if source.kind is SourceKind.BUNDLE:
+        raise ValueError(
+            f"{source.reference} is an exported bundle already; name the model or checkpoint it was made of"
+        )
     if source.kind is SourceKind.GGUF:
         from rlkit.export.ggufstore import GgufStore
 
-        found: Store = GgufStore(source)
+        store: Store = GgufStore(source)
     else:
-        found = FolderStore(source)
-    return found if recipe is None else Rounded(found, recipe)
+        folder = FolderStore(source)
+        if adapters not in ("branch", "merged"):
+            folder.inventory = replace(folder.inventory, adapters={})
+        store = Merged(folder, source.path / "adapter") if adapters == "merged" else folder
+    return store if recipe is None else Rounded(store, recipe)
 
 
 class FolderStore:
@@ -101,6 +109,49 @@ class FolderStore:
         for pattern in (*TOKENIZER_FILES, *TEMPLATES):
             for file in self._folder.glob(pattern):
                 shutil.copy(file, folder / file.name)
+
+
+class Merged:
+    """Another store whose adapter is folded into its float matrices: W + scale * B A."""
+
+    def __init__(self, store: Store, adapter: Path) -> None:
+        self._store, self.report = store, store.report
+        inventory = store.inventory
+        if not inventory.adapters:
+            raise ValueError(f"{inventory.name} has no adapter to merge; leave --adapters out")
+        if packed := sorted(module for module in inventory.adapters if module in inventory.packed):
+            why = (
+                f"{packed[0]} has {inventory.packed[packed[0]].bits}-bit codes, which a merged adapter would be lost in"
+            )
+            raise ValueError(f"{inventory.name}: {why}; keep it as a branch (--adapters branch)")
+        self._adapters = {inventory.weight_name(module): part for module, part in inventory.adapters.items()}
+        self._factors = load_adapter(adapter)
+        self.inventory = replace(inventory, adapters={})
+
+    def matrix(self, module: str) -> Matrix:
+        """As the other store has it."""
+        return self._store.matrix(module)
+
+    def tensor(self, name: str) -> Floats:
+        """A float tensor of the other store, with what the adapter adds to it."""
+        weight = self._store.tensor(name)
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            return weight
+        a, b = (self._factors[adapter_tensor(adapter.module, letter)] for letter in "AB")
+        merged: Floats = weight + np.float32(adapter.scale) * (b @ a)
+        return merged
+
+    def prepare(self, folder: Path) -> None:
+        """As the other store does."""
+        self._store.prepare(folder)
+
+
+def load_adapter(folder: Path) -> dict[str, Floats]:
+    """The tensors of a PEFT folder in float32, by their names there."""
+    from safetensors.numpy import load_file
+
+    return {name: array.astype(np.float32) for name, array in load_file(folder / "adapter_model.safetensors").items()}
 
 
 class Rounded:

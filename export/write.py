@@ -22,7 +22,7 @@ def write(model: ir.Model, path: Path, *, tell: Tell = silent) -> None:
     """Write `path` and, beside it, all constants in `path` + .data; afterwards they are mapped from there."""
     data = path.with_name(path.name + DATA_SUFFIX)
     values = list(_in_order(model))
-    total = sum(_nbytes(value) for value in values)
+    done, total = 0, sum(_nbytes(value) for value in values)
     with data.open("wb") as file:
         for value in values:
             tensor = value.const_value
@@ -43,8 +43,10 @@ def write(model: ir.Model, path: Path, *, tell: Tell = silent) -> None:
                 name=value.name or "",
                 base_dir=path.parent,
             )
+            done += len(raw)
             del raw, tensor
-            tell(Progress("write", file.tell(), total))
+            tell(Progress("write", done, total))
+    tell(Progress("write", total, total))
     write_graph(model, path)
 
 

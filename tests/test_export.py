@@ -17,7 +17,7 @@ import onnxruntime_genai as og
 import pytest
 
 import tiny
-from rlkit.export import build, lint, plan
+from rlkit.export import lint, plan, skeleton
 from rlkit.export.build import export_bundle
 from rlkit.recover import recipe
 from rlkit.recover.progress import Progress
@@ -44,7 +44,8 @@ def logits(folder: Path, ids: np.ndarray = IDS) -> np.ndarray:
     """Logits by a plain session, nothing of ours in between."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    file = "logits.onnx" if (folder / "logits.onnx").is_file() else "model.onnx"
+    session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
     config = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
     past = np.zeros((len(ids), config["num_key_value_heads"], 0, config["head_size"]), np.float32)
     known = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -169,8 +170,8 @@ def test_progress_is_told_and_nothing_is_printed(
     events: list[Progress] = []
     handlers = list(logging.getLogger().handlers)
     export_bundle(checkpoint, tmp_path / "b", tell=events.append)
-    assert [event.stage for event in events if event.done == event.total] == ["builder", "graph", "lint", "bundle"]
-    assert [event.done for event in events if event.stage == "builder"] == [0, 1, 2]
+    assert [event.stage for event in events if event.done == event.total] == ["graph", "write", "lint", "bundle"]
+    assert [event.done for event in events if event.stage == "graph"] == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger().handlers == handlers
 
@@ -183,7 +184,7 @@ def test_only_the_builders_thread_is_heard(monkeypatch: pytest.MonkeyPatch) -> N
         heard.append(line)
         print("listener")
 
-    with build._quiet(listen):
+    with skeleton._quiet(listen):
         print("builder")
         other = threading.Thread(target=print, args=("bar",))
         other.start()
@@ -204,10 +205,11 @@ def test_nothing_is_left_after_a_failure(checkpoint: Path, tmp_path: Path) -> No
 
 def test_wrong_input_is_one_line(checkpoint: Path, bundle: Path, source: Path, tmp_path: Path) -> None:
     cases = [
-        (tmp_path / "absent", {}, FileNotFoundError, "no checkpoint folder"),
-        (source, {}, ValueError, "is not quantized"),
+        (tmp_path / "absent", {}, FileNotFoundError, "no folder or file"),
         (bundle, {}, ValueError, "exported bundle already"),
-        (checkpoint, {"target": "npu"}, ValueError, "target 'npu' is not offered yet; use cpu"),
+        (checkpoint, {"target": "tpu"}, ValueError, "target 'tpu' does not exist; use cpu, igpu, npu"),
+        (checkpoint, {"logits": "some"}, ValueError, "logits = 'some' is not offered"),
+        (checkpoint, {"adapters": "merged"}, ValueError, "a merged adapter would be lost in the 2-bit codes"),
         (checkpoint, {"threads": 0}, ValueError, "threads = 0"),
     ]
     for folder, options, kind, says in cases:
