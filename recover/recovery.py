@@ -14,13 +14,10 @@ lies in a folder beside the output until the checkpoint is complete, so that the
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlkit.recover import methods, placement, quantizers
+from rlkit.recover import methods, placement, quantizers, record
 from rlkit.recover.allocate import Budget
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing, write_json
 from rlkit.recover.candidates import Search, plan_units
@@ -110,19 +107,17 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
         recipe.allowance(plan_units(model, _candidates(settings)))
     check_weights(model)
     need_space(out, 4 * sum(parameter.numel() for parameter in model.parameters()))  # the checkpoint and the work on it
-    began = time.perf_counter()
+    began, stamp = time.perf_counter(), record.stamp(source)
     if corpus is None:
-        corpus = work / _key(source, settings.sampling)
+        corpus = work / record.key(stamp, asdict(settings.sampling))
         sample(model, tokenizer, settings.sampling, corpus, team, tell)
     text = open_text(corpus, tokenizer)
     seconds, found = time.perf_counter() - began, None
     if not isinstance(recipe, Recipe):
-        found = _search(model, text, settings, recipe, work / _key(source, text.corpus.facts), team, tell)
+        found = _search(model, text, settings, recipe, work / record.key(stamp, text.corpus.facts), team, tell)
         recipe = found.recipe
     settings = settings.under(recipe)
-    place = work / (
-        _key(source, recipe.to_toml(), settings_json(settings), text.corpus.facts) + "-text" * bool(against)
-    )
+    place = work / record.key(stamp, recipe.to_toml(), settings_json(settings), text.corpus.facts, against is not None)
     stages = Stages(_measure(model, tokenizer, text, against, team), place / "stages.json")
     if team.main and not stages.finished("synthesize"):
         stages.note("synthesize", seconds)
@@ -142,7 +137,8 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     )
     methods.find(settings.method).run(bench)
     if team.main:
-        facts = {"source": source_facts(source, model), **_facts(bench, settings, measured_on_text=against is not None)}
+        said = record.facts(bench, settings_json(settings), on_text=against is not None)
+        facts = {"source": record.source_facts(source, model), **said}
         if found is not None:
             facts["auto"] = {"rows": found.rows, "figures": found.figures}
         with fresh_folder(out, force=force) as folder:
@@ -183,37 +179,9 @@ def _search(model: Any, text: Text, settings: Settings, budget: Budget, folder: 
     return found if team.main else find()  # from the folder, which takes seconds
 
 
-def _facts(bench: Workbench, settings: Settings, *, measured_on_text: bool) -> dict[str, Any]:
-    """What recovery.json says of the job, beside its source."""
-    corpus = bench.text.corpus
-    synthetic = (
-        f"{len(bench.text.held_out)} held-out rows of the corpus, their {corpus.top_k} likeliest tokens and the rest"
-    )
-    return {
-        "settings": settings_json(settings),
-        "stages": bench.stages.rows,
-        "layers": bench.layers(),
-        "measured_on": "held-out text" if measured_on_text else synthetic,
-        "corpus": corpus.facts,
-        "synthetic_tokens": int(corpus.ids.size),
-        "processes": bench.team.size,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-    }
-
-
 def settings_json(settings: Settings) -> dict[str, Any]:
     """The settings as plain JSON values."""
     return asdict(settings) | {"adapters": placement.to_text(settings.adapters)}
-
-
-def _key(source: Source, *parts: Any) -> str:
-    """A short key of everything that decides a result, so that kept work is only reused for the same job."""
-    files = [source.file] if source.file.is_file() else sorted(source.path.glob("*.safetensors"))
-    files = [*files, *source.path.glob("config.json")]
-    stamp = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    plain = [asdict(part) if isinstance(part, Sampling) else part for part in parts]
-    return hashlib.sha256(json.dumps([stamp, plain], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def resolved_schemes(model: Any, recipe: Recipe) -> dict[str, Scheme]:
@@ -296,14 +264,3 @@ def _measure(model: Any, tokenizer: Any, text: Text, against: Against | None, te
     if against is None or not team.main:
         return corpus_measure(text.corpus, text.held_out)
     return against(logits_fn(model), tokenizer.encode)
-
-
-def source_facts(source: Source, model: Any) -> dict[str, Any]:
-    """Where the model came from and how large it is."""
-    return {
-        "reference": source.reference,
-        "kind": str(source.kind),
-        "file": source.gguf_file or source.path.name,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "reference_precision": "float32 dequantized from the GGUF's integers" if source.gguf_file else "as stored",
-    }

@@ -13,22 +13,18 @@ are read one at a time; of whole models, only one is in memory.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlkit.recover import adapter, differences, placement, recovery
+from rlkit.recover import adapter, differences, placement, record, recovery
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing, write_json
 from rlkit.recover.checkpoint import SCHEMA_VERSION
 from rlkit.recover.corrupt import FILE as CORRUPTION
-from rlkit.recover.memory import peak_nbytes
 from rlkit.recover.mend import Bench
 from rlkit.recover.model import linears, load_model, logits_fn
 from rlkit.recover.placement import Placement
@@ -73,15 +69,15 @@ def repair(  # noqa: PLR0913, a job and where its parts lie
     found = differences.find(sound, degraded, weights)
     ranks = chosen_ranks(model, found, settings)
     need_space(out, 4 * sum(parameter.numel() for parameter in model.parameters()))
-    work, key = out.with_name(f".{out.name}.work"), identity(teacher)
+    work, stamp = out.with_name(f".{out.name}.work"), record.stamp(teacher)
     began = time.perf_counter()
     if corpus is None:
-        corpus = work / f"corpus-{_key(key, asdict(settings.sampling))}"
+        corpus = work / f"corpus-{record.key(stamp, asdict(settings.sampling))}"
         recovery.sample(model, tokenizer, settings.sampling, corpus, team, tell)
     text = recovery.open_text(corpus, tokenizer)
     seconds = time.perf_counter() - began
-    job = [key, identity(degraded), recovery.settings_json(settings), merge, text.corpus.facts, against is not None]
-    place = work / _key(*job)
+    asked = recovery.settings_json(settings), merge, against is not None
+    place = work / record.key(stamp, record.stamp(degraded), text.corpus.facts, *asked)
     measure = against(logits_fn(model), tokenizer.encode) if against and team.main else None
     stages = Stages(measure or corpus_measure(text.corpus, text.held_out), place / "stages.json")
     if team.main and not stages.finished("synthesize"):
@@ -89,7 +85,8 @@ def repair(  # noqa: PLR0913, a job and where its parts lie
     bench = Bench(model, weights, ranks, text, settings, merge, place, stages, team, tell)
     low_ranks = bench.run()
     if team.main:
-        facts = {"source": recovery.source_facts(teacher, model), **_facts(bench, degraded, found, against is not None)}
+        said = record.facts(bench, recovery.settings_json(settings), on_text=against is not None)
+        facts = {"source": record.source_facts(teacher, model), **_facts(bench, degraded, found), **said}
         with fresh_folder(out, force=force) as folder:
             if merge:
                 rewrite(degraded, folder, bench.folded(low_ranks), tell)
@@ -101,11 +98,6 @@ def repair(  # noqa: PLR0913, a job and where its parts lie
     if team.main:
         shutil.rmtree(work, ignore_errors=True)
     return out
-
-
-def _key(*parts: Any) -> str:
-    """A short key of everything that decides a result, so that kept work is only reused for the same job."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def checked(settings: Settings) -> Settings:
@@ -171,9 +163,9 @@ def load_repaired(folder: Path, degraded: Source) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _facts(bench: Bench, degraded: Source, found: differences.Differences, on_text: bool) -> dict[str, Any]:
-    """What recovery.json says of the job, beside its source, the teacher."""
-    corpus, corruption = bench.text.corpus, degraded.path / CORRUPTION
+def _facts(bench: Bench, degraded: Source, found: differences.Differences) -> dict[str, Any]:
+    """What recovery.json says of the damage and of what was made."""
+    corruption = degraded.path / CORRUPTION
     return {
         "degraded": {
             "reference": degraded.reference,
@@ -185,14 +177,4 @@ def _facts(bench: Bench, degraded: Source, found: differences.Differences, on_te
             "all_zero": list(found.zeros),
         },
         "merged": bench.merge,
-        "settings": recovery.settings_json(bench.settings),
-        "stages": bench.stages.rows,
-        "layers": bench.layers(),
-        "measured_on": "held-out text" if on_text else f"{len(bench.text.held_out)} held-out rows of the corpus",
-        "corpus": corpus.facts,
-        "synthetic_tokens": int(corpus.ids.size),
-        "peak_nbytes": peak_nbytes(),
-        "processes": bench.team.size,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
     }
