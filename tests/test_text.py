@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlkit.profiles.text import Batch, batches, read_documents, windows
+from rlkit.profiles.text import BUILTIN, Batch, batches, read_documents, windows
 
 
 def letters(text: str) -> list[int]:
@@ -20,6 +20,24 @@ def test_plain_text_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "held.txt"
     path.write_bytes("\ufeffein Wört\n\nzwei".encode())
     assert read_documents(path) == ["ein Wört\n\nzwei"]
+
+
+def test_a_form_feed_ends_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "held.txt"
+    path.write_text("one\n\f\ntwo\n\n \ftwo and a half\n\f\n\n\f")
+    assert read_documents(path) == ["one", "two\n\n ", "two and a half"]
+
+
+def test_the_built_in_text_is_varied_and_enough_for_any_tokenizer() -> None:
+    documents = read_documents(BUILTIN)
+    assert len(documents) == len(set(documents)) >= 15
+    words = sum(len(document.split()) for document in documents)
+    assert words >= 4000  # a token is a word at most, so every tokenizer finds its 4,000
+    assert all(document.isascii() and document == document.strip("\n\f") for document in documents[:-1])
+    assert 20_000 <= BUILTIN.stat().st_size <= 30_000
+    together = " ".join(documents)
+    assert all(mark in together for mark in ("def ", "while ", "12 x 12 = 144", "Dear ", '"You said', "1. "))
+    assert sum(len(window) - 1 for window in windows(documents, letters, min_tokens=4000)) >= 4000
 
 
 def test_json_lines_hold_text_or_requests(tmp_path: Path) -> None:
