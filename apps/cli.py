@@ -43,7 +43,7 @@ COMMANDS = {
     "corrupt": Command("rlkit.apps.damage:corrupt", "Damage a model on purpose, to recover it.", "Make"),
     "synthesize": Command("rlkit.apps.synth:synthesize", "Let a model write text to learn from.", "Make"),
     "recover": Command("rlkit.apps.make:recover", "Quantize a model and recover its accuracy.", "Make"),
-    "export": Command("rlkit.apps.make:export", "Turn a checkpoint into an ONNX bundle.", "Make"),
+    "export": Command("rlkit.apps.ship:export", "Turn a model or checkpoint into an ONNX bundle.", "Make"),
     "run": Command("rlkit.apps.talk:run", "Complete or answer one prompt.", "Use"),
     "chat": Command("rlkit.apps.talk:chat", "Talk with a bundle in the terminal.", "Use"),
     "bench": Command("rlkit.apps.speed:bench", "Measure time to first token, tokens/s and memory.", "Know"),

@@ -1,6 +1,6 @@
-"""The commands that make folders: `recover` (model -> checkpoint) and `export` (checkpoint -> bundle).
+"""The command `recover`: model -> checkpoint.
 
-Both do their work elsewhere; here the options are read, the plan is shown for --dry-run, and the result is told. torch
+The work is done elsewhere; here the options are read, the plan is shown for --dry-run, and the result is told. torch
 is imported only when there is work to do.
 """
 
@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from rlkit.apps import console, damage, heldout
+from rlkit.apps import console, damage, heldout, ship
 from rlkit.export import plan
-from rlkit.recover import allocate, assets, atomic, contents, source
+from rlkit.recover import allocate, assets, atomic, source
 from rlkit.recover import recipe as recipes
-from rlkit.recover.progress import Tell, silent
+from rlkit.recover.progress import silent
 from rlkit.recover.recipe import METHODS, QUANTIZERS
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to make; it is complete or absent.")]
@@ -114,7 +114,7 @@ def recover(  # noqa: PLR0913, one parameter per option of the command
         raise ValueError("--budget and --max-bytes choose the recipe themselves; add --recipe auto, or leave them out")
     wanted = chosen or partial(_budget, budget, max_bytes)
     if _quantized(model, out, wanted, settings, **common):
-        _made(out, json, next_step=f"rlkit export {out} -o BUNDLE")
+        ship.made(out, json, next_step=f"rlkit export {out} -o BUNDLE")
 
 
 Wanted = recipes.Recipe | Callable[[source.ModelShape], allocate.Budget]
@@ -175,86 +175,8 @@ def _budget(bits_per_weight: float | None, max_bytes: int | None, shape: source.
 def _show_recovery(wanted: recipes.Recipe | allocate.Budget, shape: source.ModelShape, out: Path, json: bool) -> None:
     """What --dry-run shows: the plan of a recipe; a budget's is known only after measuring."""
     if isinstance(wanted, recipes.Recipe):
-        _show_plan(plan.plan_recipe(shape, wanted), out, json)
+        ship.show_plan(plan.plan_recipe(shape, wanted), out, json)
     elif json:
         console.emit_json({"schema_version": 1, "path": str(out), "plan": None, "budget": wanted.name})
     else:
         console.emit(f"the recipe auto-{wanted.name} is found by measuring the model, which --dry-run does not do")
-
-
-def export(  # noqa: PLR0913, one parameter per option of the command
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, made by rlkit recover.")],
-    out: Out,
-    target: Annotated[str, typer.Option(help=f"Where it will run: {', '.join(plan.TARGETS)}.")] = "cpu",
-    accuracy_level: Annotated[int, typer.Option(help="4: int8 activations, fast. 0: exact and slow, for checks.")] = 4,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads written into the bundle; all cores unless told.")
-    ] = None,
-    text: Text = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    json: Json = False,
-) -> None:
-    """Turn a checkpoint into a bundle: an ONNX model that stock onnxruntime-genai runs.
-
-    Example: rlkit export ./checkpoint --target cpu -o ./bundle
-    """
-    atomic.refuse_existing(out, force=force)
-    found = source.resolve(checkpoint)
-    if found.kind is not source.SourceKind.CHECKPOINT:
-        raise ValueError(f"{checkpoint} is a {found.kind}, not a checkpoint; make one with `rlkit recover`")
-    if dry_run:
-        _show_plan(plan.plan_checkpoint(found.path, target=target, accuracy_level=accuracy_level), out, json)
-        return
-    from rlkit.export import build
-
-    with console.progress(quiet=json) as tell:
-        measure = _measure(found.path, text, tell) if text else None
-        build.export_bundle(
-            found.path,
-            out,
-            target=target,
-            accuracy_level=accuracy_level,
-            threads=threads,
-            force=force,
-            tell=tell,
-            measure=measure,
-        )
-    _made(out, json, next_step=f'rlkit run {out} "Hello"')
-
-
-def _measure(checkpoint: Path, text: str, tell: Tell) -> heldout.Measure:
-    """The measure of an exported file on `text`, against the model that the checkpoint says it was made of."""
-    stated = checkpoint / "recovery.json"
-    if not stated.is_file():
-        raise ValueError(f"{checkpoint} does not say what it was made of (recovery.json); leave --text out")
-    original = source.resolve(source.read_json(stated)["source"]["reference"])
-    held_out = heldout.find(original, text)
-    heldout.keep_original(held_out, original, tell)
-    return heldout.measure_bundle(held_out, checkpoint, tell)
-
-
-def _show_plan(planned: plan.Plan, out: Path, json: bool) -> None:
-    """What a bundle will hold, by kind of tensor."""
-    if json:
-        console.emit_json({"schema_version": 1, "path": str(out), "plan": planned.to_json()})
-        return
-    rows: dict[tuple[Any, ...], int] = {}
-    for tensor in planned.tensors:
-        key = (tensor.kind, tensor.bits, tensor.group or "-", tensor.kernel)
-        rows[key] = rows.get(key, 0) + tensor.nbytes
-    order = sorted(rows.items(), key=lambda row: contents.KINDS.index(row[0][0]))
-    cells = [(*key, console.nbytes_text(nbytes)) for key, nbytes in order]
-    cells.append(("all", "-", "-", "-", console.nbytes_text(planned.nbytes)))
-    console.table(("tensors", "bits", "group", "kernel", "bytes"), cells, title=f"bundle for {planned.target.name}")
-    console.say(f"nothing is made with --dry-run; without it: {out}")
-
-
-def _made(out: Path, json: bool, *, next_step: str) -> None:
-    facts = contents.describe(source.resolve(out))
-    if json:
-        console.emit_json(facts)
-        return
-    nbytes = sum(row["nbytes"] for row in facts["tensors"])
-    console.emit(f"{out}: {facts['kind']}, {console.nbytes_text(nbytes)} of tensors")
-    console.say(f"next: {next_step}")

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import onnx_ir as ir
 
@@ -20,74 +19,15 @@ from rlkit.export import adapters as adapter_files
 from rlkit.export import bundle, fill, graph, lint, passes, skeleton, write
 from rlkit.export.adapters import LowRank, Slot
 from rlkit.export.inventory import Adapter, Inventory, adapter_tensor
-from rlkit.export.plan import Plan, plan_inventory
-from rlkit.export.store import Floats, Store, load_adapter, open_store
-from rlkit.export.targets import Target, target_named
+from rlkit.export.plan import Plan
+from rlkit.export.request import Options, Request, found
+from rlkit.export.store import Floats, Store, load_adapter
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing
 from rlkit.recover.progress import Progress, Tell, silent
-from rlkit.recover.recipe import Recipe
-from rlkit.recover.source import Source, resolve
+from rlkit.recover.source import Source
 
-ADAPTER_FORMS = ("branch", "files", "merged", "none")
 OWN_ADAPTER = "recovered"  # the name of the source's own adapter among adapter files
 _SPARE_NBYTES = 64 * 2**20  # tokenizer, manifests, and the room a file system wants
-
-
-class Options(TypedDict, total=False):
-    """The fields of Request, for calls that name them."""
-
-    target: str
-    provider: str | None
-    dtype: str | None
-    recipe: Recipe | None
-    accuracy_level: int | None
-    threads: int | None
-    logits: str
-    fuse: bool
-    adapters: str
-    adapter_files: Mapping[str, Path]
-    allow_slow: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What an export is asked for.
-
-    target, provider, dtype: as targets.target_named takes them. recipe: bits of float matrices, rounded on the
-    way; None leaves them float. accuracy_level: 4 multiplies in int8, the only fast form of 2 and 8 bits on CPUs; 0 is
-    exact and slow, for checks; None is the target's. threads: written into the bundle; None is this process's cores.
-    logits: "last" computes them for the last token only, "all" for every token of the prompt. fuse: gate and up of a
-    layer as one matrix. adapters: what becomes of the source's own one, of ADAPTER_FORMS; adapter_files: further ones
-    by name, PEFT folders. allow_slow: ship what lint finds fault with.
-    """
-
-    target: str = "cpu"
-    provider: str | None = None
-    dtype: str | None = None
-    recipe: Recipe | None = None
-    accuracy_level: int | None = None
-    threads: int | None = None
-    logits: str = "last"
-    fuse: bool = True
-    adapters: str = "branch"
-    adapter_files: Mapping[str, Path] = field(default_factory=dict)
-    allow_slow: bool = False
-
-    def __post_init__(self) -> None:
-        if self.logits not in ("last", "all"):
-            raise ValueError(f"logits = {self.logits!r} is not offered; use last or all")
-        if self.adapters not in ADAPTER_FORMS:
-            raise ValueError(f"adapters = {self.adapters!r} is not offered; use {', '.join(ADAPTER_FORMS)}")
-
-    def where(self) -> Target:
-        """The target, by its description."""
-        return target_named(self.target, self.provider, self.dtype)
-
-
-def plan_export(source: Source | Path, **options: Unpack[Options]) -> Plan:
-    """What an export would make, from headers alone."""
-    request = Request(**options)
-    return _plan(_store(_source(source), request).inventory, request)
 
 
 def export_bundle(
@@ -108,23 +48,23 @@ def export_bundle(
     """
     refuse_existing(out, force=force)
     _refuse_foreign(out)
-    request, found = Request(**options), _source(source)
-    store = _store(found, request)
-    plan = _plan(store.inventory, request)
+    request, model = Request(**options), found(source)
+    store = request.store(model)
+    plan = request.plan(store)
     settings = bundle.Settings(plan, request.threads, request.logits, request.recipe)
     need_space(out.parent, plan.nbytes + _SPARE_NBYTES)
     tell(Progress("graph", 0, store.inventory.shape.layers, "loading"))
     skeleton.import_builder()
-    peft = {name: adapter_files.read_peft(folder) for name, folder in _file_adapters(found, request).items()}
+    peft = {name: adapter_files.read_peft(folder) for name, folder in _file_adapters(model, request).items()}
     with fresh_folder(out, force=force) as work, tempfile.TemporaryDirectory() as scratch:
         builder_options = _builder_options(store.inventory, request)
         made = skeleton.make_skeleton(store, plan.target, builder_options, Path(scratch), tell)
-        _finish_graph(made.model, store, plan, request, found.path)
+        _finish_graph(made.model, store, plan, request, model.path)
         slots = _adapter_inputs(made.model, peft)
         _write(made.model, work, plan, request, tell)
         files = [adapter_files.write_adapter(work, name, low_ranks, slots) for name, low_ranks in peft.items()]
         tensors = [tensor.to_json() for tensor in graph.stored_tensors(made.model)]
-        parts = bundle.Parts(work, made, found, store, tensors, [file.to_json() for file in files])
+        parts = bundle.Parts(work, made, model, store, tensors, [file.to_json() for file in files])
         bundle.finish(parts, settings, measure=measure, tell=tell)
     return out
 
@@ -137,29 +77,13 @@ def _adapter_inputs(model: ir.Model, peft: Mapping[str, Mapping[str, LowRank]]) 
     return adapter_files.add_inputs(model, modules) if modules else []
 
 
-def _source(source: Source | Path) -> Source:
-    if isinstance(source, Source):
-        return source
-    if not source.exists():
-        raise FileNotFoundError(f"no folder or file {source}; make a checkpoint with: rlkit recover MODEL -o {source}")
-    return resolve(source)
-
-
-def _store(source: Source, request: Request) -> Store:
-    return open_store(source, request.recipe, adapters=request.adapters)
-
-
-def _plan(inventory: Inventory, request: Request) -> Plan:
-    return plan_inventory(inventory, target=request.where(), accuracy_level=request.accuracy_level)
-
-
 def _builder_options(inventory: Inventory, request: Request) -> dict[str, str]:
     """q, k and v as one matrix, unless they are stored differently or one of them has an adapter."""
     schemes: dict[str, set[Any]] = {}
     for layer in range(inventory.shape.layers):
         base = f"model.layers.{layer}.self_attn"
         schemes[base] = {_scheme(inventory, f"{base}.{part}") for part in fill.QKV}
-    apart = any(len(found) > 1 for found in schemes.values())
+    apart = any(len(kinds) > 1 for kinds in schemes.values())
     adapted = any(module.endswith(fill.QKV) for module in inventory.adapters)
     return {"fuse_qkv": "false"} if apart or adapted else {}
 

@@ -209,7 +209,7 @@ def test_wrong_input_is_one_line(checkpoint: Path, bundle: Path, source: Path, t
         (bundle, {}, ValueError, "exported bundle already"),
         (checkpoint, {"target": "tpu"}, ValueError, "target 'tpu' does not exist; use cpu, igpu, npu"),
         (checkpoint, {"logits": "some"}, ValueError, "logits = 'some' is not offered"),
-        (checkpoint, {"adapters": "merged"}, ValueError, "a merged adapter would be lost in the 2-bit codes"),
+        (checkpoint, {"adapters": "merged"}, ValueError, "2-bit codes, which a merged adapter would be lost in"),
         (checkpoint, {"threads": 0}, ValueError, "threads = 0"),
     ]
     for folder, options, kind, says in cases:

@@ -85,9 +85,13 @@ def test_dry_runs_agree_and_make_nothing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["export", "hf"], "is a hf, not a checkpoint; make one with `rlkit recover`"),
+        (["export", "checkpoint", "--adapter", "german"], "is not NAME=DIR"),
+        (["export", "checkpoint", "--recipe", "w4"], "has adapters already, so no recipe can be applied"),
+        (["export", "checkpoint", "--max-kl", "0"], "max KL = 0.0 is no limit"),
+        (["export", "checkpoint", "--max-kl", "1", "--no-measure"], "needs a measurement"),
+        (["export", "hf", "--target", "cpu", "--provider", "dml"], "cpu has no provider"),
         (["export", "nowhere"], "no such file, folder or asset"),
-        (["export", "checkpoint", "--target", "moon"], "target 'moon' is not offered"),
+        (["export", "checkpoint", "--target", "moon"], "target 'moon' does not exist; use cpu, igpu, npu"),
         (["export", "checkpoint", "--accuracy-level", "7"], "accuracy_level = 7 does not exist"),
         (["export", "checkpoint", "--threads", "0"], "'--threads'"),
         (["recover", "checkpoint"], "is a checkpoint already; name the model it was made of"),
@@ -240,4 +244,4 @@ def test_on_a_terminal_export_draws_its_bars_and_ends(models: Path, tmp_path: Pa
         process.kill()
     os.close(master)
     assert process.returncode == 0
-    assert b"builder" in drawn and b"100%" in drawn
+    assert b"graph" in drawn and b"100%" in drawn
