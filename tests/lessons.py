@@ -1,4 +1,7 @@
-"""A quantized student of a tiny model, and a corpus in memory, for tests of the training loop here and elsewhere."""
+"""A quantized student of a tiny model, and a corpus in memory, for tests of the training loop here and elsewhere.
+
+A module that imports the fixtures may ask for a `folder` with a model, the `teacher` loaded from it, and its `corpus`.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import tiny
 from rlkit.recover.adapter import AdaptedLinear
 from rlkit.recover.corpus import Targets
 from rlkit.recover.correct import Moments, correct
-from rlkit.recover.distill import KINDS, Step
-from rlkit.recover.model import linears
+from rlkit.recover.distill import KINDS, Distillation, Step
+from rlkit.recover.model import linears, load_model
 from rlkit.recover.quantize import quantize_nearest
 from rlkit.recover.recipe import Scheme
+from rlkit.recover.source import resolve
 
 ROWS, LENGTH, TOP_K = 24, 16, 32
+ALL = np.arange(ROWS)
+TRAIN, HELD_OUT = ALL[6:], ALL[:6]
+PLAN = Distillation(steps=13, batch=4, adapter_lr=2e-3, scale_lr=4e-3, norm_lr=1e-3, warmup=2)
 
 
 @dataclass
@@ -45,6 +53,21 @@ def lessons(teacher: Any, seed: int = 0) -> Lessons:
     top, found = probabilities.topk(TOP_K)
     rest = (1 - top.sum(-1)).clamp(min=2e-9).log()
     return Lessons(ids, Targets(found.numpy(), top.log().float().numpy(), rest.float().numpy()))
+
+
+@pytest.fixture(scope="module", name="folder")
+def folder_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("models") / "hf", initializer_range=0.1)
+
+
+@pytest.fixture(scope="module", name="teacher")
+def teacher_fixture(folder: Path) -> Any:
+    return load_model(resolve(folder))[0]
+
+
+@pytest.fixture(name="corpus")
+def corpus_fixture(teacher: Any) -> Lessons:
+    return lessons(teacher)
 
 
 def student(teacher: Any, dtype: torch.dtype = torch.float32, *, scales: bool = True) -> Any:

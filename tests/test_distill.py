@@ -20,32 +20,30 @@ from hypothesis import strategies as st
 
 import team
 import tiny
-from lessons import LENGTH, ROWS, Lessons, environment, equal, lessons, losses, student, trained
+from lessons import (  # noqa: F401, fixtures
+    ALL,
+    HELD_OUT,
+    LENGTH,
+    PLAN,
+    TRAIN,
+    Lessons,
+    corpus_fixture,
+    environment,
+    equal,
+    folder_fixture,
+    lessons,
+    losses,
+    student,
+    teacher_fixture,
+    trained,
+)
 from rlkit.recover.corpus import Targets
 from rlkit.recover.distill import KINDS, Distillation, distill, trainable
 from rlkit.recover.model import fast_dtype, load_model
 from rlkit.recover.source import resolve
 
 CLOSE = 0.05 if fast_dtype() is torch.bfloat16 else 1e-4
-ALL = np.arange(ROWS)
-TRAIN, HELD_OUT = ALL[6:], ALL[:6]
-PLAN = Distillation(steps=13, batch=4, adapter_lr=2e-3, scale_lr=4e-3, norm_lr=1e-3, warmup=2)
 BROKEN = dataclasses.replace(PLAN, adapter_lr=1e20, scale_lr=1e20)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("models") / "hf", initializer_range=0.1)
-
-
-@pytest.fixture(scope="module")
-def teacher(folder: Path) -> Any:
-    return load_model(resolve(folder))[0]
-
-
-@pytest.fixture
-def corpus(teacher: Any) -> Lessons:
-    return lessons(teacher)
 
 
 def divergence(teacher: Any, student: Any, rows: np.ndarray = ALL) -> float:

@@ -8,35 +8,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import team
-import tiny
-from lessons import ROWS, Lessons, environment, equal, lessons, losses, student
-from rlkit.recover.distill import Distillation, distill
+from lessons import (  # noqa: F401, fixtures
+    ALL,
+    HELD_OUT,
+    PLAN,
+    TRAIN,
+    Lessons,
+    corpus_fixture,
+    environment,
+    equal,
+    folder_fixture,
+    lessons,
+    losses,
+    student,
+    teacher_fixture,
+)
+from rlkit.recover.distill import distill
 from rlkit.recover.model import fast_dtype, load_model
 from rlkit.recover.source import resolve
-
-ALL = np.arange(ROWS)
-TRAIN, HELD_OUT = ALL[6:], ALL[:6]
-PLAN = Distillation(steps=13, batch=4, adapter_lr=2e-3, scale_lr=4e-3, norm_lr=1e-3, warmup=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("models") / "hf", initializer_range=0.1)
-
-
-@pytest.fixture(scope="module")
-def teacher(folder: Path) -> Any:
-    return load_model(resolve(folder))[0]
-
-
-@pytest.fixture
-def corpus(teacher: Any) -> Lessons:
-    return lessons(teacher)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
