@@ -14,10 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from rlkit.apps import console
-from rlkit.runtime.chat import Chat, Message, Model, Speed, prompt_ids, speed
+from rlkit.runtime.chat import Chat, Message, Speed, prompt_ids, speed
 from rlkit.runtime.session import Sampling, Token, open_session
 
-HELP = "/clear forgets the conversation, /stats says how fast the last reply came, /quit leaves; Ctrl-C stops a reply"
+HELP = (
+    "/clear forgets the conversation, /stats says how fast the last reply came, /adapter NAME or none changes the"
+    " adapter, /quit leaves; Ctrl-C stops a reply"
+)
+NO_ADAPTER = "none"
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, made by rlkit export.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="The longest reply, in tokens.")]
@@ -25,6 +29,7 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; h
 Seed = Annotated[int | None, typer.Option(help="Repeats a reply made with a temperature above 0.")]
 System = Annotated[str | None, typer.Option(help="Instructions that come before the conversation.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; as the bundle says unless told.")]
+Adapter = Annotated[str | None, typer.Option(help="One of the bundle's adapters; the model as it is unless told.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the reply and its numbers as JSON and nothing else.")]
 
 
@@ -37,6 +42,7 @@ def run(  # noqa: PLR0913, one parameter per option of the command
     system: System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     threads: Threads = None,
+    adapter: Adapter = None,
     json: Json = False,
 ) -> None:
     """Answer one prompt, or with --raw continue it.
@@ -52,26 +58,28 @@ def run(  # noqa: PLR0913, one parameter per option of the command
     session = open_session(bundle, threads=threads)
     ids = session.encode(text) if raw else prompt_ids(session, _messages(system, text))
     tokens: list[Token] = []
-    for token in session.generate(ids, max_new_tokens, temperature=temperature, seed=seed):
+    for token in session.generate(ids, max_new_tokens, temperature=temperature, seed=seed, adapter=adapter):
         tokens.append(token)
         if not json:
             _show(token)
     measured = speed(len(ids), [token.seconds for token in tokens])
     if json:
         reply = "".join(token.text for token in tokens)
-        console.emit_json({"schema_version": 1, "bundle": str(bundle), "text": reply, **_speed_json(measured)})
+        about = {"schema_version": 1, "bundle": str(bundle), "adapter": adapter}
+        console.emit_json({**about, "text": reply, **_speed_json(measured)})
     else:
         console.emit("")
         console.say(str(measured))
 
 
-def chat(
+def chat(  # noqa: PLR0913, one parameter per option of the command
     bundle: Bundle,
     max_new_tokens: Tokens = 512,
     temperature: Temperature = 0.0,
     seed: Seed = None,
     system: System = None,
     threads: Threads = None,
+    adapter: Adapter = None,
     json: Annotated[bool, typer.Option("--json", help="Print each reply as one line of JSON, complete.")] = False,
 ) -> None:
     """Talk with a bundle; one line is one message.
@@ -80,23 +88,24 @@ def chat(
     """
     sampling = Sampling(temperature, seed=seed)
     session = open_session(bundle, threads=threads)
+    talk = Chat(session, system=system, adapter=adapter)
     if sys.stdin.isatty():
         console.say(f"{bundle}: context of {session.context_length} tokens, {session.threads} threads")
+        if session.adapters:
+            console.say(_adapters(talk))
         console.say(HELP)
-    converse(session, system=system, max_new_tokens=max_new_tokens, sampling=sampling, json=json)
+    converse(talk, max_new_tokens=max_new_tokens, sampling=sampling, json=json)
 
 
 def converse(
-    model: Model,
+    talk: Chat,
     *,
-    system: str | None = None,
     max_new_tokens: int = 512,
     sampling: Sampling | None = None,
     ask: Callable[[], str] | None = None,
     json: bool = False,
 ) -> None:
     """Read messages with `ask` until it raises EOFError or /quit comes; stream each reply, or print it as JSON."""
-    talk = Chat(model, system=system)
     while True:
         try:
             text = (ask or _ask)().strip()
@@ -142,8 +151,25 @@ def _command(talk: Chat, text: str) -> None:
         console.say("the conversation is forgotten")
     elif text == "/stats":
         console.say(str(talk.last_speed or "no reply yet"))
+    elif text.split()[0] == "/adapter":
+        _change_adapter(talk, text.split()[1:])
     else:
         console.say(f"no command {text}: {HELP}")
+
+
+def _change_adapter(talk: Chat, names: list[str]) -> None:
+    if names:
+        try:
+            talk.adapter = None if names == [NO_ADAPTER] else " ".join(names)
+        except ValueError as error:
+            console.say(f"error: {error}")
+            return
+    console.say(_adapters(talk))
+
+
+def _adapters(talk: Chat) -> str:
+    there = ", ".join(talk.adapters) or "the bundle has no others"
+    return f"adapter: {talk.adapter or NO_ADAPTER} ({there})"
 
 
 def _ask() -> str:

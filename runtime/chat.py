@@ -20,6 +20,10 @@ class Model(Protocol):
     def context_length(self) -> int:
         """Prompt and reply together hold at most this many tokens."""
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """What `adapter` may name."""
+
     def encode(self, text: str) -> list[int]:
         """Text to ids."""
 
@@ -35,6 +39,7 @@ class Model(Protocol):
         top_k: int,
         top_p: float,
         seed: int | None,
+        adapter: str | None,
     ) -> Generator[Token, None, None]:
         """Tokens of the reply."""
 
@@ -114,13 +119,31 @@ def _without_oldest(turns: list[Message]) -> list[Message] | None:
 
 
 class Chat:
-    """A conversation that remembers; what a stopped reply had said is kept."""
+    """A conversation that remembers; what a stopped reply had said is kept, and so is all when the adapter changes."""
 
-    def __init__(self, model: Model, *, system: str | None = None) -> None:
+    def __init__(self, model: Model, *, system: str | None = None, adapter: str | None = None) -> None:
         self._model = model
+        self._adapter: str | None = None
+        self.adapter = adapter
         self._system = [Message("system", system)] if system else []
         self.messages: list[Message] = list(self._system)
         self.last_speed: Speed | None = None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters there are."""
+        return self._model.adapters
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter of the next reply, None the model as it is; ValueError where it is set to one there is not."""
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, name: str | None) -> None:
+        if name is not None and name not in self.adapters:
+            raise ValueError(f"no adapter {name!r} here; there are {', '.join(self.adapters) or 'none'}")
+        self._adapter = name
 
     def clear(self) -> None:
         """Forget everything but the system message."""
@@ -142,6 +165,7 @@ class Chat:
             top_k=chosen.top_k,
             top_p=chosen.top_p,
             seed=chosen.seed,
+            adapter=self._adapter,
         )
         return self._remembered(kept, len(ids), tokens)
 

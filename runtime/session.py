@@ -6,13 +6,15 @@ with the same options, opened when first asked for. Both hold the weights, so a 
     session = open_session(Path("bundle"))
     for token in session.generate(session.encode("The capital of France is"), 16):
         print(token.text, end="", flush=True)
+
+Files of the bundle's adapters folder (written by export/adapters.py) are mapped when first named; each request may name
+another.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -22,9 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlkit.runtime.plain import ADAPTER_SUFFIX, SILENT, Plain, damaged, first_line, unfit
+
 DEVICES = ("cpu",)
+ADAPTERS = "adapters"
 SCHEMA_VERSION = 1  # of rlkit.json
-SILENT = 4  # what goes wrong is raised; the runtime would print it as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +77,10 @@ class Session:
         self._manifest = manifest
         options = dict(config["model"]["decoder"].get("session_options") or {})
         self.threads: int = threads or _threads_here(options.get("intra_op_num_threads"), manifest)
-        options["intra_op_num_threads"] = self.threads
-        self._session_options = options
         self._model, self._tokenizer = self._open()
-        self._plain: Any = None
+        self._adapters: Any = None  # genai's, with those in self._loaded
+        self._loaded: set[str] = set()
+        self._plain: Plain | None = None
 
     @property
     def context_length(self) -> int:
@@ -88,6 +92,11 @@ class Session:
         """The tokens that end a reply."""
         eos = self._config["model"]["eos_token_id"]
         return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters in the bundle's folder now, by name."""
+        return tuple(sorted(file.name.removesuffix(ADAPTER_SUFFIX) for file in self._adapter_files()))
 
     def facts(self) -> dict[str, Any]:
         """What the bundle says of itself, without its long lists."""
@@ -111,7 +120,7 @@ class Session:
         try:
             return str(self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True))
         except Exception as error:
-            why = f"{self._folder} has no chat template that takes these messages ({_first_line(error)})"
+            why = f"{self._folder} has no chat template that takes these messages ({first_line(error)})"
             raise ValueError(f"{why}; give a plain prompt with --raw") from error
 
     def generate(  # noqa: PLR0913, the options of one generation
@@ -125,40 +134,74 @@ class Session:
         seed: int | None = None,
         stop_ids: Sequence[int] = (),
         ignore_stop: bool = False,
+        adapter: str | None = None,
     ) -> Generator[Token, None, None]:
         """Yield tokens until one of `stop_ids` or the model's own (not yielded), `max_new_tokens`, or a full context.
 
-        Closing the iterator cancels. `ignore_stop` goes on to the last token, for measuring.
-        Raises ValueError for a prompt that leaves no room, before anything is computed.
+        Closing the iterator cancels. `ignore_stop` goes on to the last token, for measuring. `adapter` is one of
+        `adapters`, None the model as it is. Raises ValueError for a prompt that leaves no room and for an adapter that
+        is unknown or damaged before anything is computed, for one of another model with the first token.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
         length = self._length(prompt_ids, max_new_tokens)
         stops = set() if ignore_stop else {*self.stop_ids, *stop_ids}
         limits = {"max_length": length, "min_length": length if ignore_stop else 0}
-        return self._tokens(list(prompt_ids), limits | sampling.search_options(), stops)
+        if adapter is not None:
+            self._load_adapter(adapter)
+        return self._tokens(list(prompt_ids), limits | sampling.search_options(), stops, adapter)
 
-    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits (B, T, V) of rows of ids (B, T), padded on the right: attention is causal, so no mask is needed."""
+    def unload_adapter(self, adapter: str) -> None:
+        """Give an adapter's memory back; it is read again when next named. ValueError while a reply still uses it."""
+        file = self._adapter_file(adapter)
+        if self._plain is not None:
+            self._plain.forget(file)
+        if adapter in self._loaded:
+            try:
+                self._adapters.unload(adapter)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"adapter {adapter} cannot be unloaded ({first_line(error)}); end its reply"
+                ) from error
+            self._loaded.discard(adapter)
+
+    def logits(self, ids: NDArray[np.int64], adapter: str | None = None) -> NDArray[np.float32]:
+        """Logits (B, T, V) of rows of ids (B, T), padded on the right: attention is causal, so no mask is needed.
+
+        Raises ValueError for ids of another shape or length and for an adapter that is unknown or does not fit.
+        """
         if ids.ndim != 2 or 0 in ids.shape:
             raise ValueError(f"ids must be a matrix (B, T), not shape {ids.shape}")
         if ids.shape[1] > self.context_length:
             raise ValueError(f"rows of {ids.shape[1]} tokens exceed the context of {self.context_length}; cut them")
+        file = None if adapter is None else self._adapter_file(adapter)
         if self._plain is None:
-            self._plain = self._open_plain()
-        rows = ids.astype(np.int64)
-        known: dict[str, Any] = {"input_ids": rows, "attention_mask": np.ones_like(rows)}
-        feeds = {
-            value.name: known[value.name] if value.name in known else self._empty_past(value, len(rows))
-            for value in self._plain.get_inputs()
-        }
-        (logits,) = self._plain.run(["logits"], feeds)
-        return np.asarray(logits, np.float32)
+            self._plain = Plain(self._folder, self._config["model"]["decoder"], self.threads)
+        return self._plain.logits(ids, file)
 
-    def _empty_past(self, value: Any, rows: int) -> NDArray[Any]:
-        """A cache input that holds no token yet: (B, KV heads, 0, head size)."""
-        decoder = self._config["model"]["decoder"]
-        kind = np.float16 if value.type == "tensor(float16)" else np.float32
-        return np.zeros((rows, decoder["num_key_value_heads"], 0, decoder["head_size"]), kind)
+    def _adapter_files(self) -> list[Path]:
+        return [file for file in (self._folder / ADAPTERS).glob(f"*{ADAPTER_SUFFIX}") if file.is_file()]
+
+    def _adapter_file(self, adapter: str) -> Path:
+        """The file of one of `adapters`: a name is compared with those there are, never made into a path."""
+        for file in self._adapter_files():
+            if file.name == f"{adapter}{ADAPTER_SUFFIX}":
+                return file
+        there = f"use {', '.join(self.adapters)}" if self.adapters else "it has none, so leave the adapter out"
+        raise ValueError(f"{self._folder} has no adapter {adapter!r}; {there}")
+
+    def _load_adapter(self, adapter: str) -> None:
+        import onnxruntime_genai as og
+
+        file = self._adapter_file(adapter)
+        if adapter in self._loaded:
+            return
+        if self._adapters is None:
+            self._adapters = og.Adapters(self._model)
+        try:
+            self._adapters.load(str(file), adapter)
+        except RuntimeError as error:
+            raise damaged(file, error) from error
+        self._loaded.add(adapter)
 
     def _length(self, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
         prompt, limit = len(prompt_ids), self.context_length
@@ -175,14 +218,24 @@ class Session:
             )
         return min(prompt + max_new_tokens, limit)
 
-    def _tokens(self, prompt_ids: list[int], options: dict[str, Any], stops: set[int]) -> Generator[Token, None, None]:
+    def _tokens(
+        self, prompt_ids: list[int], options: dict[str, Any], stops: set[int], adapter: str | None
+    ) -> Generator[Token, None, None]:
         import onnxruntime_genai as og
 
         began = time.perf_counter()
         params = og.GeneratorParams(self._model)
         params.set_search_options(**options)
         generator = og.Generator(self._model, params)
-        generator.append_tokens(np.asarray([prompt_ids], np.int32))
+        try:
+            if adapter is not None:
+                self._load_adapter(adapter)  # once more: it may have been unloaded since the request
+                generator.set_active_adapter(self._adapters, adapter)
+            generator.append_tokens(np.asarray([prompt_ids], np.int32))
+        except RuntimeError as error:
+            if adapter is None:
+                raise
+            raise unfit(adapter, self._folder, error) from error
         stream = self._tokenizer.create_stream()
         for index in range(options["max_length"] - len(prompt_ids)):
             generator.generate_next_token()
@@ -205,26 +258,11 @@ class Session:
         try:
             config = og.Config(str(self._folder))
             config.overlay(json.dumps(settings))
+            config.clear_providers()  # a bundle for another device runs on this one too
             model = og.Model(config)
             return model, og.Tokenizer(model)
         except Exception as error:  # the library raises bare RuntimeError and its own kinds
-            raise _damaged(self._folder, error) from error
-
-    def _open_plain(self) -> Any:
-        import onnxruntime as ort
-
-        ort.disable_telemetry_events()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = SILENT
-        for key, value in self._session_options.items():
-            if "." in key:  # genai passes such keys on as ORT's own config entries
-                options.add_session_config_entry(key, str(value))
-        path = self._folder / self._config["model"]["decoder"]["filename"]
-        try:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise _damaged(self._folder, error) from error
+            raise damaged(self._folder, error) from error
 
 
 def open_session(bundle: Path, *, device: str = "cpu", threads: int | None = None) -> Session:
@@ -279,13 +317,3 @@ def _read_object(path: Path) -> dict[str, Any]:
     from rlkit.recover.source import read_json
 
     return read_json(path)
-
-
-def _damaged(folder: Path, error: Exception) -> ValueError:
-    return ValueError(f"{folder} cannot be opened: {_first_line(error)}; its files are damaged, so export it again")
-
-
-def _first_line(error: Exception) -> str:
-    """The part of the runtime's message that says something: its own causes are nested, the innermost last."""
-    line = re.sub(r".*\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip().split("\n")[0])
-    return line[:300].rstrip(". ") or type(error).__name__

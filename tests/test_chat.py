@@ -16,9 +16,11 @@ from rlkit.runtime.session import Sampling, Session, Token, open_session
 class Echo:
     """A model without weights: one id per character, and it answers `reply`."""
 
-    def __init__(self, context_length: int = 200, reply: str = "yes!") -> None:
+    def __init__(self, context_length: int = 200, reply: str = "yes!", adapters: tuple[str, ...] = ()) -> None:
         self.context_length = context_length
         self.reply = reply
+        self.adapters = adapters
+        self.adapted: list[str | None] = []
         self.prompts: list[str] = []
         self.sampled: list[tuple[float, int, float, int | None]] = []
 
@@ -37,9 +39,11 @@ class Echo:
         top_k: int,
         top_p: float,
         seed: int | None,
+        adapter: str | None,
     ) -> Generator[Token, None, None]:
         self.prompts.append("".join(chr(token) for token in prompt_ids))
         self.sampled.append((temperature, top_k, top_p, seed))
+        self.adapted.append(adapter)
         for index, letter in enumerate(self.reply[:max_new_tokens]):
             yield Token(ord(letter), letter, 0.5 if index == 0 else 0.25, index)
 
@@ -75,6 +79,23 @@ def test_sampling_reaches_the_model() -> None:
     model = Echo()
     list(Chat(model).reply("x", sampling=Sampling(0.7, top_k=3, top_p=0.9, seed=4)))
     assert model.sampled == [(0.7, 3, 0.9, 4)]
+
+
+def test_the_adapter_changes_between_replies_and_the_conversation_stays() -> None:
+    model = Echo(adapters=("french", "poem"))
+    talk = Chat(model, adapter="poem")
+    said(talk, "one")
+    talk.adapter = "french"
+    said(talk, "two")
+    with pytest.raises(ValueError, match="no adapter 'german' here; there are french, poem"):
+        talk.adapter = "german"
+    assert talk.adapter == "french"
+    talk.adapter = None
+    said(talk, "three")
+    assert model.adapted == ["poem", "french", None]
+    assert model.prompts[-1].startswith("u:one\na:yes!\nu:two\n")
+    with pytest.raises(ValueError, match="no adapter 'poem' here; there are none"):
+        Chat(Echo(), adapter="poem")
 
 
 def test_a_stopped_reply_keeps_what_was_said() -> None:

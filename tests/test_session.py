@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import tiny
+from rlkit.export import graph, write
 from rlkit.export.build import export_bundle
 from rlkit.export.plan import default_threads
 from rlkit.runtime.session import Sampling, Session, Token, open_session
@@ -69,6 +70,44 @@ def test_logits_match_torch_and_ignore_padding(session: Session, checkpoint: Pat
     assert np.abs(measured - expected).max() <= 1e-4 * np.abs(expected).max()
     padded = np.concatenate([ids, np.full((3, 5), 2)], axis=1)
     np.testing.assert_allclose(session.logits(padded)[:, :20], measured, atol=1e-5)
+
+
+def test_all_logits_come_from_the_graph_that_keeps_them(checkpoint: Path, session: Session, tmp_path: Path) -> None:
+    ids = np.random.default_rng(1).integers(3, tiny.VOCAB, (2, 9))
+    last = export_bundle(checkpoint, tmp_path / "last", accuracy_level=0, logits="last")
+    whole = export_bundle(checkpoint, tmp_path / "all", accuracy_level=0, logits="all")
+    assert (last / "logits.onnx").is_file()
+    assert not (whole / "logits.onnx").exists()
+    np.testing.assert_allclose(open_session(last).logits(ids), open_session(whole).logits(ids), atol=1e-5)
+    (last / "logits.onnx").unlink()
+    with pytest.raises(ValueError, match=r"only the last token's logits and has no logits\.onnx; export it with all"):
+        open_session(last).logits(ids)
+
+
+@pytest.fixture(scope="module")
+def for_dml(checkpoint: Path) -> Path:
+    return export_bundle(checkpoint, checkpoint.parent / "dml", target="igpu", provider="dml")
+
+
+def test_a_bundle_for_a_gpu_runs_on_the_cpu_too(for_dml: Path, session: Session) -> None:
+    """float16 inside and out, positions as an input, another provider's options."""
+    ids = np.random.default_rng(1).integers(3, tiny.VOCAB, (2, 20))
+    other, expected = open_session(for_dml), session.logits(ids)
+    measured = other.logits(ids)
+    assert measured.dtype == np.float32
+    assert np.abs(measured - expected).max() <= 0.02 * np.abs(expected).max()
+    prompt = session.encode(TEXT)
+    assert len(list(other.generate(prompt, 5, ignore_stop=True))) == 5
+
+
+def test_inputs_that_cannot_be_made_are_named(for_dml: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(for_dml, tmp_path / "b")
+    name = "logits.onnx" if (folder / "logits.onnx").exists() else "model.onnx"
+    model = graph.load(folder / name)
+    next(value for value in model.graph.inputs if value.name == "position_ids").name = "token_type_ids"
+    write.write_graph(model, folder / name)
+    with pytest.raises(ValueError, match=r"asks for token_type_ids tensor\(int64\), which rlkit cannot make"):
+        open_session(folder).logits(np.ones((1, 3), np.int64))
 
 
 def test_seeds_repeat(session: Session) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tiny
 from rlkit.apps import cli, talk
+from rlkit.export import adapters, graph, write
+from rlkit.export.adapters import LowRank
 from rlkit.export.build import export_bundle
+from rlkit.runtime.chat import Chat
 from rlkit.runtime.session import open_session
 from test_chat import Echo
 
@@ -70,6 +75,8 @@ def test_run_repeats_with_a_seed(bundle: Path, capsys: pytest.CaptureFixture[str
         (["run", "BUNDLE", "hi", "--raw", "--system", "x"], "--raw has no place for --system"),
         (["run", "BUNDLE", "the weather " * 3000], "the context holds 2048"),
         (["chat", "/nowhere/bundle"], "no bundle folder"),
+        (["run", "BUNDLE", "hi", "--adapter", "poem"], "has no adapter 'poem'; it has none, so leave the adapter out"),
+        (["chat", "BUNDLE", "--adapter", "../poem"], "no adapter '../poem' here; there are none"),
     ],
 )
 def test_bad_use_is_one_line(arguments: list[str], says: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +109,9 @@ def lines(*texts: str) -> Callable[[], str]:
 
 def test_conversation(capsys: pytest.CaptureFixture[str]) -> None:
     model = Echo(reply="sure")
-    talk.converse(model, ask=lines("/stats", "hi", "", "there", "/stats", "/clear", "new", "/what", "/quit", "unheard"))
+    talk.converse(
+        Chat(model), ask=lines("/stats", "hi", "", "there", "/stats", "/clear", "new", "/what", "/quit", "unheard")
+    )
     out, err = capsys.readouterr()
     assert out.split() == ["sure"] * 3
     assert model.prompts == ["u:hi\na:", "u:hi\na:sure\nu:there\na:", "u:new\na:"]
@@ -111,8 +120,59 @@ def test_conversation(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no command /what" in err
 
 
+def test_the_adapter_changes_in_a_conversation(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Echo(adapters=("french", "poem"))
+    asked = ("/adapter", "a", "/adapter poem", "b", "/adapter german", "c", "/adapter none", "d", "/adapters")
+    talk.converse(Chat(model), ask=lines(*asked))
+    err = capsys.readouterr().err
+    assert model.adapted == [None, "poem", "poem", None]
+    assert err.count("adapter: none (french, poem)") == 2
+    assert err.count("adapter: poem (french, poem)") == 1
+    assert "error: no adapter 'german' here; there are french, poem" in err
+    assert "no command /adapters" in err
+
+
+@pytest.fixture(scope="module")
+def adapted(bundle: Path) -> Path:
+    """The bundle with an adapter, poem, that changes what the first layer says."""
+    out = bundle.parent / "adapted"
+    shutil.copytree(bundle, out)
+    model, module = graph.load(out / "model.onnx"), "model.layers.0.self_attn.o_proj"
+    slots = adapters.add_inputs(model, {module: (128, 128)})
+    write.write_graph(model, out / "model.onnx")
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 4, 128)).astype(np.float32)
+    adapters.write_adapter(out, "poem", {module: LowRank(a, b.T)}, slots)
+    return out
+
+
+def test_run_with_an_adapter(adapted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replies = {}
+    for options in ((), ("--adapter", "poem")):
+        assert cli.run(["run", str(adapted), "the cat", "--raw", "-n", "9", "--json", *options]) == 0
+        reply = json.loads(capsys.readouterr().out)
+        replies[reply["adapter"]] = reply["text"]
+    session = open_session(adapted)
+    ids = session.encode("the cat")
+    for name, text in replies.items():
+        assert text == "".join(token.text for token in session.generate(ids, 9, adapter=name))
+    assert replies[None] != replies["poem"]
+    assert cli.run(["run", str(adapted), "the cat", "--adapter", "prose"]) == 2
+    assert "has no adapter 'prose'; use poem" in capsys.readouterr().err
+
+
+def test_chat_with_an_adapter(adapted: Path) -> None:
+    argv = [sys.executable, "-m", "rlkit.apps.cli", "chat", str(adapted), "-n", "5", "--adapter", "poem"]
+    said = "hello\n/adapter\n/adapter none\nhello\n"
+    done = subprocess.run(argv, input=said, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stderr
+    assert "adapter: poem (poem)" in done.stderr
+    assert "adapter: none (poem)" in done.stderr
+    assert done.stderr.count("first after") == 2
+
+
 def test_a_long_message_does_not_end_the_conversation(capsys: pytest.CaptureFixture[str]) -> None:
-    talk.converse(Echo(context_length=20), ask=lines("x" * 50, "hi"))
+    talk.converse(Chat(Echo(context_length=20)), ask=lines("x" * 50, "hi"))
     out, err = capsys.readouterr()
     assert "error: the message has" in err
     assert "yes!" in out
@@ -127,7 +187,7 @@ def test_chat_answers_a_pipe(bundle: Path) -> None:
 
 
 def test_chat_as_json_is_a_line_per_reply(capsys: pytest.CaptureFixture[str]) -> None:
-    talk.converse(Echo(), ask=lines("hi", "again"), json=True)
+    talk.converse(Chat(Echo()), ask=lines("hi", "again"), json=True)
     replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [reply["text"] for reply in replies] == ["yes!", "yes!"]
     assert all(reply["new_tokens"] == 4 and not reply["stopped"] for reply in replies)
@@ -143,6 +203,7 @@ SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from rlkit.apps import talk
+from rlkit.runtime.chat import Chat
 from test_chat import Echo
 
 class Slow(Echo):
@@ -151,7 +212,7 @@ class Slow(Echo):
             yield token
             time.sleep(0.02)
 
-talk.converse(Slow(context_length=4000, reply="yes, and " * 300), max_new_tokens=2700)
+talk.converse(Chat(Slow(context_length=4000, reply="yes, and " * 300)), max_new_tokens=2700)
 """
 
 
