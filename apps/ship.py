@@ -47,7 +47,9 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     logits: Annotated[
         str, typer.Option(help="last: a prompt's last token only, the rest in logits.onnx. all: every token's.")
     ] = "last",
-    fuse: Annotated[bool, typer.Option(help="Gate and up of a layer as one product.")] = True,
+    fuse: Annotated[
+        bool | None, typer.Option(help="Gate and up of a layer as one product; on CPUs unless told.")
+    ] = None,
     adapters: Annotated[
         str, typer.Option(help=f"What becomes of the model's own adapter: {', '.join(request.ADAPTER_FORMS)}.")
     ] = "branch",

@@ -96,7 +96,7 @@ def _scheme(inventory: Inventory, module: str) -> Any:
 def _finish_graph(model: ir.Model, store: Store, plan: Plan, request: Request, source: Path) -> None:
     """Everything between the builder's graph and the one that is written."""
     inventory = store.inventory
-    if request.fuse:
+    if request.joins:
         passes.join_gate_and_up(model, _joinable(inventory))
     fill.fill(model, store, plan)
     for adapter, a, b in _branches(inventory, source):

@@ -18,6 +18,7 @@ from rlkit.recover.source import Source, resolve
 
 ADAPTER_FORMS = ("branch", "files", "merged", "none")
 LOGITS = ("last", "all")
+FUSED_ON = ("cpu",)  # devices on which gate and up as one product was measured (apps/benchmarks/export.py)
 
 
 class Options(TypedDict, total=False):
@@ -30,7 +31,7 @@ class Options(TypedDict, total=False):
     accuracy_level: int | None
     threads: int | None
     logits: str
-    fuse: bool
+    fuse: bool | None
     adapters: str
     adapter_files: Mapping[str, Path]
     allow_slow: bool
@@ -44,7 +45,7 @@ class Request:
     way; None leaves them float. accuracy_level: 4 multiplies in int8, the only fast form of 2 and 8 bits on CPUs; 0 is
     exact and slow, for checks; None is the target's. threads: written into the bundle; None is this process's cores.
     logits: "last" computes them for the last token only, "all" for every token of the prompt. fuse: gate and up of a
-    layer as one matrix. adapters: what becomes of the source's own one, of ADAPTER_FORMS; adapter_files: further ones
+    layer as one product; None where that was measured to be faster. adapters: what becomes of the source's own one, of ADAPTER_FORMS; adapter_files: further ones
     by name, PEFT folders. allow_slow: ship what lint finds fault with.
     """
 
@@ -55,7 +56,7 @@ class Request:
     accuracy_level: int | None = None
     threads: int | None = None
     logits: str = "last"
-    fuse: bool = True
+    fuse: bool | None = None
     adapters: str = "branch"
     adapter_files: Mapping[str, Path] = field(default_factory=dict)
     allow_slow: bool = False
@@ -69,6 +70,11 @@ class Request:
     def where(self) -> Target:
         """The target, by its description."""
         return target_named(self.target, self.provider, self.dtype)
+
+    @property
+    def joins(self) -> bool:
+        """Whether gate and up become one product."""
+        return self.where().device in FUSED_ON if self.fuse is None else self.fuse
 
     def store(self, source: Source) -> Store:
         """The tensors of a model as this request wants them."""
