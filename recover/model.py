@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,23 @@ def logits_fn(model: Any) -> Any:
 def linears(model: Any) -> dict[str, torch.nn.Linear]:
     """Every linear by module name, lm_head included, in forward order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def check_weights(model: Any, quantized: Collection[str]) -> None:
+    """Raise ValueError naming the first tensor that holds NaN or infinity, or linear of `quantized` that is all zeros.
+
+    A matrix of zeros that stays float is left alone: it may be meant, and does no harm.
+    """
+    for parameter, tensor in model.named_parameters(remove_duplicate=False):
+        name = parameter.removesuffix(".weight")
+        low, high = (float(bound) for bound in torch.aminmax(tensor))  # both NaN if one value is; needs no memory
+        if not math.isfinite(high - low):
+            raise ValueError(f"{name} holds NaN or infinity, so the file is damaged; fetch the model again")
+        if name in quantized and low == high == 0:
+            raise ValueError(
+                f"{name} holds nothing but zeros, so the file is damaged or incomplete; repair it with `rlkit recover "
+                "--degraded DIR --teacher DIR`, or fetch the model again"
+            )
 
 
 @torch.no_grad()

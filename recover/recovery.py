@@ -16,14 +16,13 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rlkit.recover import methods, placement, quantizers, record
 from rlkit.recover.allocate import Budget
@@ -33,7 +32,7 @@ from rlkit.recover.checkpoint import SCHEMA_VERSION, write_checkpoint
 from rlkit.recover.corpus import Corpus
 from rlkit.recover.distill import Distillation
 from rlkit.recover.memory import peak_nbytes
-from rlkit.recover.model import FLOAT32_PARAMETERS, fast_dtype, linears, load_model, logits_fn
+from rlkit.recover.model import FLOAT32_PARAMETERS, check_weights, fast_dtype, linears, load_model, logits_fn
 from rlkit.recover.placement import Placement
 from rlkit.recover.progress import Tell, silent
 from rlkit.recover.recipe import Recipe, Scheme
@@ -101,11 +100,7 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     refuse_existing(out, force=force)
     work = out.with_name(f".{out.name}.work")
     model, tokenizer = load_model(source)
-    if isinstance(recipe, Recipe):  # what cannot be done is told before any work
-        _parts(model, recipe, settings)
-    else:
-        recipe.allowance(plan_units(model, _candidates(settings)))
-    check_weights(model)
+    check_weights(model, _quantized(model, recipe, settings))
     need_space(out, 4 * sum(parameter.numel() for parameter in model.parameters()))  # the checkpoint and the work on it
     began, stamp = time.perf_counter(), record.stamp(source)
     if corpus is None:
@@ -155,6 +150,15 @@ def fitting(plan: Distillation, model: Any) -> Distillation:
     """Large models recompute their activations: those of a batch would take more memory than the model."""
     large = sum(parameter.numel() for parameter in model.parameters()) > FLOAT32_PARAMETERS
     return replace(plan, checkpointing=True) if large else plan
+
+
+def _quantized(model: Any, recipe: Recipe | Budget, settings: Settings) -> Collection[str]:
+    """The linears that will be quantized; ValueError for what cannot be done, told before any work."""
+    if isinstance(recipe, Recipe):
+        return _parts(model, recipe, settings)[0]
+    units = plan_units(model, _candidates(settings))
+    recipe.allowance(units)
+    return [name for unit in units for name in unit.modules]
 
 
 def _parts(model: Any, recipe: Recipe, settings: Settings) -> tuple[dict[str, Scheme], dict[str, int]]:
@@ -226,19 +230,6 @@ def resolved_ranks(model: Any, recipe: Recipe, settings: Settings) -> dict[str, 
             f"{HEAD}: adapter_rank = {ranks[HEAD]} is not supported there; give {HEAD} a rule of its own with 0"
         )
     return ranks
-
-
-def check_weights(model: Any) -> None:
-    """Raise ValueError naming the first matrix that holds NaN or infinity, or nothing but zeros."""
-    for name, module in linears(model).items():
-        weight = module.weight
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{name} holds NaN or infinity, so the file is damaged; fetch the model again")
-        if not bool(weight.any()):
-            raise ValueError(
-                f"{name} holds nothing but zeros, so the file is damaged or incomplete; repair it with `rlkit recover "
-                "--degraded DIR --teacher DIR`, or fetch the model again"
-            )
 
 
 def sample(model: Any, tokenizer: Any, sampling: Sampling, folder: Path, team: Team, tell: Tell) -> None:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import tiny
 from rlkit.recover import packing, recipe
+from rlkit.recover.allocate import Budget
 from rlkit.recover.checkpoint import load_checkpoint
 from rlkit.recover.distill import Distillation
 from rlkit.recover.model import load_model, logits_fn
@@ -343,6 +344,19 @@ def test_damaged_layers_are_named_before_any_work(spoil: str, said: str, tmp_pat
     with pytest.raises(ValueError, match=f"model.layers.1.mlp.up_proj {said}"):
         run(resolve(folder), tmp_path / "ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_matrix_of_zeros_may_stay_float_but_not_be_quantized(tmp_path: Path) -> None:
+    folder, name = tiny.llama(tmp_path / "hf"), "model.layers.0.self_attn.o_proj"
+    stored = load_file(folder / "model.safetensors")
+    stored[f"{name}.weight"][...] = 0
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    source = resolve(folder)
+    found = run(source, tmp_path / "ckpt", rules(("*.gate_proj", "bits = 4")))
+    assert not load_file(found.out / "model.safetensors")[f"{name}.weight"].any()
+    for wanted in (rules(("*.o_proj", "bits = 4")), Budget(bits_per_weight=8.0)):
+        with pytest.raises(ValueError, match=f"^{name} holds nothing but zeros"):
+            recover(source, wanted, tmp_path / "other", settings=QUICK)
 
 
 def test_a_checkpoint_cannot_be_recovered_again(made: Run, tmp_path: Path) -> None:
