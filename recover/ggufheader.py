@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
+MAX_DIMS = 4
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 # type -> (name, weights per block, bytes per block); from ggml's block structs, 2026-11-22
@@ -55,12 +57,13 @@ Value = int | float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor's name, shape (outputs first, as torch has it), type name and stored bytes."""
+    """A tensor's name, shape (outputs first, as torch has it), type name, stored bytes and where in the file."""
 
     name: str
     shape: tuple[int, ...]
     type: str
     nbytes: int
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +101,33 @@ class _Reader:
             value = self._value(*self._unpack("I"))
             if value is not None:
                 metadata[key] = value
-        placed = [self._tensor() for _ in range(tensor_count)]
-        alignment = int(metadata.get("general.alignment", 32))
+        found = [self._tensor() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"its alignment is {alignment!r}, no positive number of bytes")
         start = -(-self._at // alignment) * alignment
-        end = start + max((offset + tensor.nbytes for tensor, offset in placed), default=0)
+        tensors = tuple(replace(tensor, start=start + tensor.start) for tensor in found)
+        end = max((tensor.start + tensor.nbytes for tensor in tensors), default=start)
         if end > len(self._data):
             raise ValueError(f"it should hold {end} bytes and has {len(self._data)}")
-        return GgufHeader(metadata, tuple(tensor for tensor, _offset in placed))
+        names = [tensor.name for tensor in tensors]
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise ValueError(f"it holds {_short(twice[0])} twice")
+        return GgufHeader(metadata, tensors)
 
-    def _tensor(self) -> tuple[GgufTensor, int]:
+    def _tensor(self) -> GgufTensor:
+        """The next entry; its start still counts from the first tensor's."""
         name = self._string()
         (dims,) = self._unpack("I")
+        if not 1 <= dims <= MAX_DIMS:
+            raise ValueError(f"tensor {_short(name)} has {dims} dimensions")
         *sizes, kind, offset = self._unpack(f"{dims}QIQ")
         if kind not in TYPES:
-            raise ValueError(f"tensor {name} has type {kind}, unknown here")
+            raise ValueError(f"tensor {_short(name)} has type {kind}, unknown here")
         label, block, block_nbytes = TYPES[kind]
-        return GgufTensor(name, tuple(reversed(sizes)), label, math.prod(sizes) // block * block_nbytes), offset
+        if sizes[0] % block:
+            raise ValueError(f"tensor {_short(name)} has rows of {sizes[0]}, no multiple of the {block} of {label}")
+        return GgufTensor(name, tuple(reversed(sizes)), label, math.prod(sizes) // block * block_nbytes, offset)
 
     def _value(self, kind: int) -> Value | None:
         """The next value; arrays are skipped and give None."""
@@ -147,6 +161,11 @@ class _Reader:
         if length > len(self._data) - self._at:
             raise ValueError(f"it ends at byte {len(self._data)}, in the middle of its head")
         self._at += length
+
+
+def _short(name: str) -> str:
+    """A name from a file, fit for one line of a message."""
+    return repr(name if len(name) <= 80 else f"{name[:80]}...")
 
 
 def _scalar(kind: int) -> str:
