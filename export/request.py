@@ -45,8 +45,8 @@ class Request:
     way; None leaves them float. accuracy_level: 4 multiplies in int8, the only fast form of 2 and 8 bits on CPUs; 0 is
     exact and slow, for checks; None is the target's. threads: written into the bundle; None is this process's cores.
     logits: "last" computes them for the last token only, "all" for every token of the prompt. fuse: gate and up of a
-    layer as one product; None where that was measured to be faster. adapters: what becomes of the source's own one, of ADAPTER_FORMS; adapter_files: further ones
-    by name, PEFT folders. allow_slow: ship what lint finds fault with.
+    layer as one product; None where that was measured to be faster. adapters: what becomes of the source's own one, of
+    ADAPTER_FORMS; adapter_files: further ones by name, PEFT folders. allow_slow: ship what lint finds fault with.
     """
 
     target: str = "cpu"
