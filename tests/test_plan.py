@@ -257,7 +257,7 @@ def test_zero_points_are_left_out_only_where_they_are_implied() -> None:
         "lm_head": True,
         "down": False,
         "gate_up": True,
-    }  # in 4-bit fields the middle code is another
+    }
     assert written["npu"] == {"lm_head": True, "down": True, "gate_up": True}
 
 
