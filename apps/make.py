@@ -42,8 +42,17 @@ def recover(  # noqa: PLR0913, one parameter per option of the command
         float | None, typer.Option(help="With --recipe auto: stored bits per weight, adapters included.")
     ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="With --recipe auto: bytes of the bundle's tensors.")] = None,
-    method: Annotated[str, typer.Option(help=f"How accuracy is recovered: {', '.join(METHODS)}.")] = "",
-    quantizer: Annotated[str, typer.Option(help=f"How codes are chosen: {', '.join(QUANTIZERS)}.")] = "",
+    method: Annotated[
+        str,
+        typer.Option(help=f"How accuracy is recovered: {', '.join(METHODS)}. Unless told, the recipe's, else full."),
+    ] = "",
+    quantizer: Annotated[
+        str,
+        typer.Option(
+            help=f"How codes are chosen: {', '.join(QUANTIZERS)}. Unless told, the recipe's, else the method's own: "
+            "search for recover-lora, gptq for the others."
+        ),
+    ] = "",
     adapters: Annotated[
         str, typer.Option(help="Adapters and ranks instead of the recipe's: gate-up:32,kv:16, all:8, *.o_proj:4.")
     ] = "",

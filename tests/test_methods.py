@@ -56,6 +56,11 @@ def test_the_recipe_file_knows_every_name() -> None:
     assert tuple(quantizers.QUANTIZERS) == recipe.QUANTIZERS
 
 
+def test_each_method_has_the_quantizer_that_the_help_names() -> None:
+    found = {method.name: method.quantizer for method in methods.METHODS.values()}
+    assert found == {**dict.fromkeys(recipe.METHODS, "gptq"), "recover-lora": "search"}
+
+
 def test_methods_that_learn_are_better_than_codes_alone(made: dict[str, Run]) -> None:
     assert kl(made["full"]) < kl(made["corrected"]) < kl(made["none"])
     assert kl(made["scales"]) < kl(made["none"])
