@@ -78,7 +78,7 @@ def _bare(recipe: Recipe) -> Recipe:
 def plan_units(model: Any, search: Search) -> list[Unit]:
     """The units of a model and their choices, damage still unknown; what no group divides is left out.
 
-    q, k and v of a layer are one unit: export packs them into one matrix.
+    q, k and v of a layer are one unit: with one scheme, export packs them into one matrix.
     """
     modules = {name: module for name, module in linears(model).items() if module.in_features % min(GROUPS) == 0}
     together: dict[str, list[str]] = {}

@@ -47,7 +47,6 @@ from rlkit.recover.workbench import Amounts, Text, Workbench
 
 Against = Callable[[Any, Callable[[str], list[int]]], Measure]  # the original's LogitsFn and tokenizer -> Measure
 HELD_OUT_ROWS = 8
-ATTENTION_INPUTS = (".q_proj", ".k_proj", ".v_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +190,7 @@ def settings_json(settings: Settings) -> dict[str, Any]:
 def resolved_schemes(model: Any, recipe: Recipe) -> dict[str, Scheme]:
     """The scheme of every linear that the recipe quantizes, its group fitted to the matrix, without its rank.
 
-    Raises ValueError if no group fits, or if q, k and v of a layer differ in bits or group, as export packs them into
-    one matrix.
+    Raises ValueError if no group fits, or if the recipe matches no linear.
     """
     schemes = {}
     for name, module in linears(model).items():
@@ -206,11 +204,6 @@ def resolved_schemes(model: Any, recipe: Recipe) -> dict[str, Scheme]:
         raise ValueError(
             f"recipe {recipe.name} matches no linear of this model; its patterns name modules like '*_proj'"
         )
-    attentions = {name[: -len(".q_proj")] for name in schemes if name.endswith(ATTENTION_INPUTS)}
-    for name in sorted(attentions):
-        found = [schemes.get(f"{name}{part}") for part in ATTENTION_INPUTS]
-        if len({(scheme.bits, scheme.group) if scheme else None for scheme in found}) > 1:
-            raise ValueError(f"{name}: q_proj, k_proj and v_proj need the same bits and group; give them one rule")
     return schemes
 
 

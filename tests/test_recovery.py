@@ -273,13 +273,15 @@ def test_distillation_may_be_left_out(source: Source, tmp_path: Path) -> None:
     assert (found.out / "adapter").exists()
 
 
-@pytest.mark.parametrize("architecture", ["untied", "odd sizes", "adapters everywhere"])
+@pytest.mark.parametrize("architecture", ["untied", "odd sizes", "adapters everywhere", "q, k and v apart"])
 def test_other_models_and_recipes(architecture: str, tmp_path: Path) -> None:
     everywhere = '[[rule]]\nmatch = "lm_head"\nbits = 4\n[[rule]]\nbits = 2\ngroup = 128\nadapter_rank = 16\n'
+    apart = '[[rule]]\nmatch = "*.q_proj"\nbits = 16\n[[rule]]\nmatch = "*.v_proj"\nbits = 8\n'
     changes, plan = {
         "untied": ({"tied": False}, tiny.W4W2),
         "odd sizes": ({"hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 1}, tiny.W4W2),
         "adapters everywhere": ({}, recipe.parse(everywhere)),
+        "q, k and v apart": ({}, recipe.parse(apart + everywhere)),
     }[architecture]
     other = resolve(tiny.llama(tmp_path / "hf", initializer_range=0.1, **changes))
     found = run(other, tmp_path / "ckpt", plan)
@@ -293,9 +295,6 @@ def rules(*parts: tuple[str, str]) -> Recipe:
 
 
 REFUSED = {
-    "v with more bits": (rules(("*.v_proj", "bits = 8"), ("*", "bits = 4")), r"layers\.0\.self_attn: q_proj, k_proj"),
-    "q as it is": (rules(("*.q_proj", "bits = 16"), ("*", "bits = 4")), "need the same bits and group"),
-    "k in other groups": (rules(("*.k_proj", "bits = 4\ngroup = 64"), ("*", "bits = 4")), "give them one rule"),
     "corrected lm_head": (rules(("*", "bits = 4\nadapter_rank = 8")), "lm_head: adapter_rank = 8"),
     "nothing": (rules(("*.experts", "bits = 4")), "matches no linear"),
 }
