@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePath, PureWindowsPath
 from typing import Any
@@ -59,6 +60,7 @@ def card(manifest: dict[str, Any]) -> str:
         _divergence(manifest.get("divergence")),
         _running(manifest),
         _adapters(manifest),
+        _converted(manifest),
         _limits(manifest),
         _provenance(manifest),
     )
@@ -225,6 +227,19 @@ def _adapters(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"- in the graph: {nbytes / 1e6:.2f} MB, read for every token"
     for name, about in found.items():
         yield f"- `{name}`: {_facts(about)}"
+
+
+def _converted(manifest: dict[str, Any]) -> Iterator[str]:
+    """What happened to the tensors of a file with grids of its own, such as GGUF: one row for all that fared alike."""
+    rows = Counter((row["type"], row["became"], row["why"]) for row in manifest.get("report") or ())
+    if not rows:
+        return
+    yield "## What became of the source's tensors"
+    yield ""
+    yield "| stored as | became | tensors | why |"
+    yield "|---|---|---|---|"
+    for (stored, became, why), count in rows.items():
+        yield f"| {_line(stored)} | {_line(became)} | {count} | {_line(why)} |"
 
 
 def _limits(manifest: dict[str, Any]) -> Iterator[str]:

@@ -146,6 +146,15 @@ def test_notes_of_the_target_and_adapter_files_are_listed() -> None:
     assert "- not run on an NPU" in text and "- `fr`: rank 8, nbytes 100" in text
 
 
+def test_tensors_that_fared_alike_share_a_row() -> None:
+    same = {"type": "Q4_0", "became": "4 bits, group 32", "why": "same codes"}
+    rows = [{"tensor": "a", **same}, {"tensor": "b", **same}, {"tensor": "n", "type": "F32", "became": "float"}]
+    rows[2]["why"] = "not quantized in the file"
+    text = card(manifest(report=rows))
+    assert "| Q4_0 | 4 bits, group 32 | 2 | same codes |" in text and "| F32 | float | 1 |" in text
+    assert "What became of" not in card(manifest(report=[]))
+
+
 def test_words_of_others_cannot_break_the_page() -> None:
     text = card(manifest(recipe={"name": "x", "description": "a | b <script>\n# heading"}))
     assert "<script>" not in text and "\n# heading" not in text and "a \\| b" in text
