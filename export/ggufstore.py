@@ -11,10 +11,10 @@ it multiplies the sum of the group's inputs:
 
     y = W x + M s       W (n, k) packed as Q4_0's are, M (n, groups) float: the offsets, s[g] = sum of x over group g
 
-`offsets(module)` gives M, `export.offsets` puts the branch into the graph. On SmolLM2-135M-Instruct in Q4_1 this reproduces every weight of the file, for 0.75 bytes
-per weight. Rounding again to integer zero points, the best of a range search, needs 0.64 and moves the weights by 7.2 %
-of their spread: 0.28 nats on 768 tokens of prose. That is what stores do unless asked to carry offsets, for targets
-that run nothing but packed matrices.
+`offsets(module)` gives M, `export.offsets` puts the branch into the graph. On SmolLM2-135M-Instruct in Q4_1 this
+reproduces every weight of the file, for 0.75 bytes per weight. Rounding again to integer zero points, the best of a
+range search, needs 0.64 and moves the weights by 7.2 % of their spread: 0.28 nats on 768 tokens of prose. That is what
+stores do unless asked to carry offsets, for targets that run nothing but packed matrices.
 
 Llama's files hold the rows of the query and key projections in another order (pairs of rotated dimensions lie side by
 side); whole rows move, so undoing it is exact for every type. Names are Hugging Face's.
