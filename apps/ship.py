@@ -35,7 +35,7 @@ def export(  # noqa: PLR0913, one parameter per option of the command
         str | None,
         typer.Option(
             help=f"Bits of a float model, rounded on the way: {', '.join(recipes.NAMED)}, {FLOAT}, or a TOML file; "
-            "4 in the target's fastest groups unless given. `rlkit recover` first keeps more accuracy."
+            "4 unless given, in groups that suit model and target. `rlkit recover` first keeps more accuracy."
         ),
     ] = None,
     accuracy_level: Annotated[
@@ -109,7 +109,9 @@ def _recipe(asked: str | None, found: source.Source, where: targets.Target) -> r
         return None
     if asked is not None:
         return recipes.load(asked)
-    return None if found.kind is source.SourceKind.CHECKPOINT else request.default_recipe(where)
+    return (
+        None if found.kind is source.SourceKind.CHECKPOINT else request.default_recipe(where, source.read_shape(found))
+    )
 
 
 def _named_folders(words: list[str]) -> dict[str, Path]:

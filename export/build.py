@@ -16,7 +16,7 @@ from typing import Any, Unpack
 import onnx_ir as ir
 
 from rlkit.export import adapters as adapter_files
-from rlkit.export import bundle, fill, graph, lint, passes, skeleton, write
+from rlkit.export import bundle, fill, graph, lint, offsets, passes, skeleton, write
 from rlkit.export.adapters import LowRank, Slot
 from rlkit.export.inventory import Adapter, Inventory, adapter_tensor
 from rlkit.export.plan import Plan
@@ -99,6 +99,8 @@ def _finish_graph(model: ir.Model, store: Store, plan: Plan, request: Request, s
     if request.joins:
         passes.join_gate_and_up(model, _joinable(inventory))
     fill.fill(model, store, plan)
+    if store.offset_modules:
+        offsets.add_offsets(model, inventory, store.offset_modules, store.offsets)
     for adapter, a, b in _branches(inventory, source):
         graph.add_adapter(model, adapter, a, b, level=plan.accuracy_level)
 

@@ -146,7 +146,8 @@ class GgufStore:
 
     def _packed(self, module: str, name: str) -> Packed:
         n, k = self._places[name].shape
-        return Packed(module, n, k, GRIDS[self._places[name].type].bits, GROUP, module in self._rounded)
+        bits = GRIDS[self._places[name].type].bits
+        return Packed(module, n, k, bits, GROUP, module in self._rounded, module in self.offset_modules)
 
     def _raw(self, name: str) -> Bytes:
         """A tensor's bytes, a row of the matrix a row of the array, in Hugging Face's order."""

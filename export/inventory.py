@@ -31,6 +31,7 @@ class Packed:
     bits: int
     group: int
     zero_points: bool = True  # False: the middle code everywhere, which no reader needs to be told
+    offsets: bool = False  # a float is added to every weight of a group, by a branch (export.offsets)
 
 
 @dataclass(frozen=True, slots=True)

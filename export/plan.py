@@ -205,7 +205,8 @@ def _fitting(matrix: Packed, bits: int, plan: Plan) -> tuple[Kernel | None, int]
 def _packed_nbytes(matrix: Packed, bits: int, group: int, zero_points: bool, target: Target) -> int:
     groups = -(-matrix.k // group)
     zeros = -(-groups * bits // 8) if zero_points else 0
-    return matrix.n * (groups * group * bits // 8 + target.float_nbytes * groups + zeros)
+    floats = target.float_nbytes * (groups + matrix.offsets * -(-matrix.k // matrix.group))
+    return matrix.n * (groups * group * bits // 8 + floats + zeros)
 
 
 def _reasons(
@@ -219,6 +220,8 @@ def _reasons(
         reasons.append(
             f"groups of {matrix.group} in blocks of {group}, lossless: none for {matrix.group}, K {matrix.k}"
         )
+    if matrix.offsets:
+        reasons.append("float offsets as a branch on the sums of groups: the file's own numbers")
     if matrix.module == "lm_head" and inventory.shares_embedding:
         shared = plan.target.shares_embedding
         how = "shared: the embedding reads its rows (GatherBlockQuantized)"

@@ -38,6 +38,13 @@ class Store(Protocol):
     def report(self) -> list[dict[str, Any]]:
         """What happened to tensors that were not taken as they are: rows of tensor, type, became, why."""
 
+    @property
+    def offset_modules(self) -> frozenset[str]:
+        """Packed matrices that are complete only with `offsets`."""
+
+    def offsets(self, module: str) -> Floats | None:
+        """What is added to every weight of a group, (n, groups); None for a matrix that is complete."""
+
     def matrix(self, module: str) -> Matrix:
         """A packed matrix of the inventory."""
 
@@ -48,9 +55,12 @@ class Store(Protocol):
         """Write what the graph builder reads: config.json (of a float model), generation config, tokenizer files."""
 
 
-def open_store(source: Source, recipe: Recipe | None = None, *, adapters: str = "branch") -> Store:
+def open_store(
+    source: Source, recipe: Recipe | None = None, *, adapters: str = "branch", carry_offsets: bool = True
+) -> Store:
     """The store of a model on disk; the float matrices that `recipe` names are rounded on the way.
 
+    Matrices with float offsets (GGUF's Q4_1) keep them (`carry_offsets`) or are rounded again.
     Its own adapter stays beside it ("branch"), is folded into float weights ("merged"), or left out (anything else).
     Raises ValueError or FileNotFoundError, one line with the remedy, for what is no model or damaged.
     """
@@ -61,7 +71,7 @@ def open_store(source: Source, recipe: Recipe | None = None, *, adapters: str = 
     if source.kind is SourceKind.GGUF:
         from rlkit.export.ggufstore import GgufStore
 
-        store: Store = GgufStore(source)
+        store: Store = GgufStore(source, carry_offsets=carry_offsets)
     else:
         folder = FolderStore(source)
         if adapters not in ("branch", "merged"):
@@ -73,12 +83,17 @@ def open_store(source: Source, recipe: Recipe | None = None, *, adapters: str = 
 class FolderStore:
     """A Hugging Face folder: a checkpoint with packed matrices, or a float model."""
 
+    offset_modules: frozenset[str] = frozenset()
+
     def __init__(self, source: Source) -> None:
         self._folder = source.path
         packed = source.kind is SourceKind.CHECKPOINT
         self.inventory = read_checkpoint(source.path) if packed else read_float_model(source)
         self.report: list[dict[str, Any]] = []
         self._places = _places(source.path)
+
+    def offsets(self, _module: str) -> None:
+        """None: zero points are integers here."""
 
     def matrix(self, module: str) -> Matrix:
         """A packed matrix as the checkpoint holds it."""
@@ -124,9 +139,14 @@ class Merged:
                 f"{packed[0]} has {inventory.packed[packed[0]].bits}-bit codes, which a merged adapter would be lost in"
             )
             raise ValueError(f"{inventory.name}: {why}; keep it as a branch (--adapters branch)")
+        self.offset_modules = store.offset_modules
         self._adapters = {inventory.weight_name(module): part for module, part in inventory.adapters.items()}
         self._factors = load_adapter(adapter)
         self.inventory = replace(inventory, adapters={})
+
+    def offsets(self, module: str) -> Floats | None:
+        """As the other store has them."""
+        return self._store.offsets(module)
 
     def matrix(self, module: str) -> Matrix:
         """As the other store has it."""
@@ -163,6 +183,7 @@ class Rounded:
         if inventory.adapters:
             raise ValueError(f"{inventory.name} has adapters already, so no recipe can be applied; leave --recipe out")
         self._schemes = _schemes(inventory, recipe)
+        self.offset_modules = store.offset_modules
         self._last: tuple[str, Matrix] | None = None
         packed = {**inventory.packed}
         for module, scheme in self._schemes.items():
@@ -173,6 +194,10 @@ class Rounded:
             gone.discard("lm_head.weight")
         floats = {name: shape for name, shape in inventory.floats.items() if name not in gone}
         self.inventory = replace(inventory, packed=packed, floats=floats)
+
+    def offsets(self, module: str) -> Floats | None:
+        """As the other store has them."""
+        return self._store.offsets(module)
 
     def matrix(self, module: str) -> Matrix:
         """A packed matrix; rounding takes time, so the last one is kept."""
