@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from rlkit.recover import correct as sides
 from rlkit.recover.compensate import Compensation, compensate, damped
 from rlkit.recover.correct import INPUT_DAMPING, OUTPUT_DAMPING, Moments, correct
 from rlkit.recover.recipe import Scheme
@@ -15,24 +16,24 @@ N, K = 40, 64
 METRICS = ("plain", "diagonal", "full")
 
 
-def problem(metric: str, seed: int = 0) -> tuple[torch.Tensor, Moments]:
-    """A weight error (N, K) and moments; the output moment tiny, as those of gradients are."""
+def problem(metric: str, seed: int = 0, n: int = N, k: int = K) -> tuple[torch.Tensor, Moments]:
+    """A weight error (n, k) and moments; the output moment tiny, as those of gradients are."""
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(300, K, generator=rng) @ torch.randn(K, K, generator=rng)
-    g = 1e-5 * torch.randn(300, N, generator=rng) @ torch.randn(N, N, generator=rng)
+    x = torch.randn(300, k, generator=rng) @ torch.randn(k, k, generator=rng)
+    g = 1e-5 * torch.randn(300, n, generator=rng) @ torch.randn(n, n, generator=rng)
     output = {"plain": None, "diagonal": g.square().mean(0), "full": g.T @ g / len(g)}[metric]
-    return torch.randn(N, K, generator=rng), Moments(x.T @ x / len(x), output)
+    return torch.randn(n, k, generator=rng), Moments(x.T @ x / len(x), output)
 
 
-def metrics(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The damped H (K, K) and G (N, N) in float64, as the module's docstrings define them."""
+def metrics(moments: Moments, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The damped H (k, k) and G (n, n) in float64, as the module's docstrings define them."""
     h = moments.input.double()
-    h = h + INPUT_DAMPING * h.diagonal().mean() * torch.eye(K)
+    h = h + INPUT_DAMPING * h.diagonal().mean() * torch.eye(len(h))
     if moments.output is None:
-        return h, torch.eye(N, dtype=torch.float64)
+        return h, torch.eye(n, dtype=torch.float64)
     g = moments.output.double()
     g = torch.diag(g) if g.dim() == 1 else g
-    return h, g + OUTPUT_DAMPING * g.diagonal().mean() * torch.eye(N)
+    return h, g + OUTPUT_DAMPING * g.diagonal().mean() * torch.eye(len(g))
 
 
 def root(moment: torch.Tensor) -> torch.Tensor:
@@ -42,24 +43,25 @@ def root(moment: torch.Tensor) -> torch.Tensor:
 
 
 def loss(error: torch.Tensor, product: torch.Tensor, moments: Moments) -> float:
-    h, g = metrics(moments)
+    h, g = metrics(moments, len(error))
     left = (error - product).double()
     return float(torch.trace(g @ left @ h @ left.T))
 
 
 def brute_force(error: torch.Tensor, moments: Moments, rank: int) -> torch.Tensor:
-    h, g = (root(moment) for moment in metrics(moments))
-    u, s, v = torch.linalg.svd(g @ error.double() @ h)
+    h, g = (root(moment) for moment in metrics(moments, len(error)))
+    u, s, v = torch.linalg.svd(g @ error.double() @ h, full_matrices=False)
     return torch.linalg.inv(g) @ (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(h)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("rank", [1, 8, 32])
-def test_equals_the_weighted_svd(metric: str, rank: int) -> None:
-    error, moments = problem(metric)
+@pytest.mark.parametrize(("n", "k"), [(N, K), (K, N), (N, N)])
+def test_equals_the_weighted_svd(metric: str, rank: int, n: int, k: int) -> None:
+    error, moments = problem(metric, 0, n, k)
     made = correct(error, moments, rank)
-    assert made.a.shape == (rank, K)
-    assert made.b.shape == (N, rank)
+    assert made.a.shape == (rank, k)
+    assert made.b.shape == (n, rank)
     best = brute_force(error, moments, rank)
     torch.testing.assert_close(made.product().double(), best, rtol=0, atol=2e-3 * float(best.abs().max()))
     assert loss(error, made.product(), moments) <= loss(error, best, moments) * (1 + 1e-4)
@@ -68,8 +70,24 @@ def test_equals_the_weighted_svd(metric: str, rank: int) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_full_rank_reproduces_the_error(metric: str) -> None:
     error, moments = problem(metric)
-    made = correct(error, moments, K)
-    torch.testing.assert_close(made.product(), error, rtol=0, atol=2e-3)
+    for rank in (N, K):
+        made = correct(error, moments, rank)
+        assert made.a.shape == (rank, K)
+        torch.testing.assert_close(made.product(), error, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("rank", [1, 8, N])
+def test_both_sides_give_the_same_correction(metric: str, rank: int) -> None:
+    error, moments = problem(metric, seed=1)
+    root, factor = torch.linalg.cholesky(damped(moments.input, INPUT_DAMPING)), None
+    if moments.output is not None:
+        factor = sides._factor(moments.output)
+    weighed = sides._weigh(error @ root, factor)
+    a, b = sides._by_inputs(weighed, root, factor, rank)
+    other_a, other_b = sides._by_outputs(weighed, error, factor, rank)
+    expected = b @ a
+    torch.testing.assert_close(other_b @ other_a, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("metric", METRICS)
