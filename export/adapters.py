@@ -361,8 +361,8 @@ def _export(parameters: Mapping[str, NDArray[Any]], place: Path) -> None:
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
     adapter.set_parameters(values)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".part", dir=place.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".part", dir=place.parent.parent) as scratch:
         part = Path(scratch) / place.name
         adapter.export_adapter(str(part))
+        place.parent.mkdir(exist_ok=True)
         os.replace(part, place)
