@@ -1,4 +1,4 @@
-"""The NPU folder says what is known and what is not, names no provider, and AMD's tool finishes it where there is one."""
+"""The NPU folder says what is known and what is not, runs on the CPU, and is finished by AMD's tool if there is one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from rlkit.export import npu
+import tiny
+from rlkit.export import build, lint, npu
 from rlkit.export.plan import Plan, plan_recipe
 from rlkit.recover import recipe
 from rlkit.recover.progress import Progress
 from rlkit.recover.source import ModelShape
+from rlkit.runtime.session import open_session
 
 QWEN3_4B = ModelShape("Qwen3ForCausalLM", 36, 2560, 9728, 32, 8, 128, 151936, True, 40960, True)
 OWN = ModelShape("LlamaForCausalLM", 2, 128, 256, 4, 2, 32, 512, True, 256, False)
@@ -148,6 +151,21 @@ def test_the_folder_still_runs_anywhere(folder: Path) -> None:
     (entry,) = ryzen["model"]["decoder"]["session_options"]["provider_options"]
     assert entry["RyzenAI"]["hybrid_opt_chunk_context"] == "1"
     assert json.loads((folder / "npu.json").read_text())["mode"] == "hybrid"
+
+
+def test_an_exported_folder_passes_lint_and_computes_on_the_cpu(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "hf")
+    checkpoint = tiny.checkpoint(source, tmp_path / "ckpt", W4W2)
+    made = build.export_bundle(checkpoint, tmp_path / "npu", target="npu", logits="all")
+    findings = lint.lint_file(made)
+    assert findings == []
+    npu.complete(made, planned(OWN, W4W2), OWN, findings=len(findings))
+    ids = np.arange(3, 43, dtype=np.int64)[None]
+    expected = tiny.logits(tiny.dequantized(checkpoint), ids)
+    session = open_session(made)
+    assert np.abs(session.logits(ids) - expected).max() < 0.02 * np.abs(expected).max()  # float16 and its norms
+    tokens = [token.id for token in session.generate(ids[0].tolist(), 4)]
+    assert tokens[0] == int(expected[0, -1].argmax())
 
 
 STAND_IN = """
