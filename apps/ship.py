@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rlkit.apps import console, gate, heldout
-from rlkit.export import plan, request, targets
+from rlkit.export import npu, plan, request, targets
 from rlkit.recover import assets, atomic, contents, source
 from rlkit.recover import recipe as recipes
 
@@ -63,6 +63,10 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     max_kl: Annotated[
         float | None, typer.Option(help="Refuse to ship a file that is further from it, in nats per token.")
     ] = None,
+    mode: Annotated[str, typer.Option(help=f"How an NPU runs it: {', '.join(npu.MODES)}.")] = "hybrid",
+    finish: Annotated[
+        bool, typer.Option("--finish", help="For npu: let AMD's installed tool make the folder that the NPU runs.")
+    ] = False,
     allow_slow: Annotated[bool, typer.Option("--allow-slow", help="Ship what `rlkit lint` finds fault with.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be made, and stop.")] = False,
@@ -77,6 +81,8 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     if max_kl is not None and not measure:
         raise ValueError(f"--max-kl {max_kl} needs a measurement; leave --no-measure out")
     where = targets.target_named(target, provider, dtype)
+    if finish and where.device != "npu":
+        raise ValueError(f"--finish is for NPUs, and this is for {where.name}; add --target npu, or leave it out")
     with console.progress(quiet=json) as tell:
         found = source.resolve(model, download=model in assets.registry() and not dry_run, tell=tell)
         options: request.Options = {
@@ -91,6 +97,7 @@ def export(  # noqa: PLR0913, one parameter per option of the command
             "adapters": adapters,
             "adapter_files": _named_folders(adapter or []),
             "allow_slow": allow_slow,
+            "mode": mode,
         }
         planned = request.plan_export(found, **options)
         if dry_run:
@@ -100,7 +107,16 @@ def export(  # noqa: PLR0913, one parameter per option of the command
 
         measured = gate.measure_export(found, gate=shut, yardstick=gate.Yardstick(text), tell=tell) if measure else None
         build.export_bundle(found, out, force=force, tell=tell, measure=measured, **options)
-    made(out, json, next_step=f'rlkit run {out} "Hello"')
+        finished = npu.finish(out, force=force, tell=tell) if finish else None
+    made(out, json, next_step=_next_step(out, where, finished))
+
+
+def _next_step(out: Path, where: targets.Target, finished: Path | None) -> str:
+    if finished is not None:
+        return f"copy {finished} to where Ryzen AI runs it"
+    if where.device == "npu":
+        return str(source.read_json(out / npu.NOTES)["next"][-1])
+    return f'rlkit run {out} "Hello"'
 
 
 def _recipe(asked: str | None, found: source.Source, where: targets.Target) -> recipes.Recipe | None:

@@ -51,7 +51,7 @@ def export_bundle(
     request, model = Request(**options), found(source)
     store = request.store(model)
     plan = request.plan(store)
-    settings = bundle.Settings(plan, request.threads, request.logits, request.recipe)
+    settings = bundle.Settings(plan, request.threads, request.logits, request.recipe, request.mode)
     need_space(out.parent, plan.nbytes + _SPARE_NBYTES)
     tell(Progress("graph", 0, store.inventory.shape.layers, "loading"))
     skeleton.import_builder()
@@ -61,10 +61,10 @@ def export_bundle(
         made = skeleton.make_skeleton(store, plan.target, builder_options, Path(scratch), tell)
         _finish_graph(made.model, store, plan, request, model.path)
         slots = _adapter_inputs(made.model, peft)
-        _write(made.model, work, plan, request, tell)
+        findings = _write(made.model, work, plan, request, tell)
         files = [adapter_files.write_adapter(work, name, low_ranks, slots) for name, low_ranks in peft.items()]
         tensors = [tensor.to_json() for tensor in graph.stored_tensors(made.model)]
-        parts = bundle.Parts(work, made, model, store, tensors, [file.to_json() for file in files])
+        parts = bundle.Parts(work, made, model, store, tensors, [file.to_json() for file in files], findings, out.name)
         bundle.finish(parts, settings, measure=measure, tell=tell)
     return out
 
@@ -134,8 +134,8 @@ def _file_adapters(source: Source, request: Request) -> dict[str, Path]:
     return {**own, **request.adapter_files}
 
 
-def _write(model: ir.Model, work: Path, plan: Plan, request: Request, tell: Tell) -> None:
-    """The graph and its constants, then the same with the last token's logits only, and what lint thinks of it."""
+def _write(model: ir.Model, work: Path, plan: Plan, request: Request, tell: Tell) -> int:
+    """The graph and its constants, then the same with the last token's logits only; how many nodes lint faults."""
     write.write(model, work / bundle.MODEL, tell=tell)
     if request.logits == "last":
         write.write_graph(model, work / bundle.ALL_LOGITS)
@@ -147,6 +147,7 @@ def _write(model: ir.Model, work: Path, plan: Plan, request: Request, tell: Tell
         first = findings[0]
         why = f"{len(findings)} nodes would run slowly or not at all, first {first.node}: {first.reason}; {first.fix}"
         raise ValueError(f"{why}; --allow-slow ships it all the same")
+    return len(findings)
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlkit.export import npu
 from rlkit.export.card import card
 from rlkit.export.plan import Plan, default_threads
 from rlkit.export.skeleton import Skeleton
@@ -52,6 +53,7 @@ class Settings:
     threads: int | None
     logits: str
     recipe: recipe.Recipe | None = None
+    mode: str = "hybrid"  # of NPUs
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 1024:
@@ -74,6 +76,8 @@ class Parts:
     store: Store
     tensors: list[dict[str, Any]]
     adapters: list[dict[str, Any]]
+    findings: int  # of lint
+    name: str  # of the folder when it is complete
 
 
 def finish(parts: Parts, settings: Settings, *, measure: Measure | None = None, tell: Tell = silent) -> None:
@@ -85,6 +89,15 @@ def finish(parts: Parts, settings: Settings, *, measure: Measure | None = None, 
     if not (parts.work / "tokenizer.json").is_file():
         raise ValueError(f"{parts.source.reference} has no tokenizer.json, so nothing could run it; add its tokenizer")
     write_json(parts.work / "genai_config.json", runnable_config(parts.skeleton.config, parts.work, settings))
+    if settings.plan.target.device == "npu":
+        npu.complete(
+            parts.work,
+            settings.plan,
+            parts.store.inventory.shape,
+            mode=settings.mode,
+            name=parts.name,
+            findings=parts.findings,
+        )
     if settings.recipe is not None:
         write_text(parts.work / RECIPE, settings.recipe.to_toml())
     elif (parts.source.path / RECIPE).is_file():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from rlkit.export.npu import mode_named
 from rlkit.export.plan import Plan, plan_inventory
 from rlkit.export.store import Store, open_store
 from rlkit.export.targets import Target, target_named
@@ -36,6 +37,7 @@ class Options(TypedDict, total=False):
     adapters: str
     adapter_files: Mapping[str, Path]
     allow_slow: bool
+    mode: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Request:
     logits: "last" computes them for the last token only, "all" for every token of the prompt. fuse: gate and up of a
     layer as one product; None where that was measured to be faster. adapters: what becomes of the source's own one, of
     ADAPTER_FORMS; adapter_files: further ones by name, PEFT folders. allow_slow: ship what lint finds fault with.
+    mode: how an NPU runs it, a name of npu.MODES.
     """
 
     target: str = "cpu"
@@ -61,12 +64,14 @@ class Request:
     adapters: str = "branch"
     adapter_files: Mapping[str, Path] = field(default_factory=dict)
     allow_slow: bool = False
+    mode: str = "hybrid"
 
     def __post_init__(self) -> None:
         if self.logits not in LOGITS:
             raise ValueError(f"logits = {self.logits!r} is not offered; use {' or '.join(LOGITS)}")
         if self.adapters not in ADAPTER_FORMS:
             raise ValueError(f"adapters = {self.adapters!r} is not offered; use {', '.join(ADAPTER_FORMS)}")
+        mode_named(self.mode)
 
     def where(self) -> Target:
         """The target, by its description."""
