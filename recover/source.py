@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from rlkit.recover import assets, hub
+from rlkit.recover.architectures import FAMILIES, Family, unsupported
 from rlkit.recover.ggufheader import read_header
 from rlkit.recover.progress import Tell, silent
 
 GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ACCEPTED = "an asset name, a hub id, a Hugging Face folder, a .gguf file, a checkpoint folder or a bundle folder"
 MARKS = ("config.json", "genai_config.json", "recovery.json", "rlkit.json", "model.onnx", "model.safetensors")
 
@@ -50,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a decoder of the Llama family; `ffn` is the inner size of the gated MLP."""
+    """The sizes of a decoder with gated MLPs; `ffn` is the inner size of one MLP, or of one expert of a mixture."""
 
     architecture: str
     layers: int
@@ -63,47 +64,89 @@ class ModelShape:
     tied: bool
     max_context: int
     qk_norm: bool
+    attention_bias: bool = False  # of all four linears there; some families have one of three without it
+    mlp_bias: bool = False
+    experts: int | None = None
+    active_experts: int | None = None
 
     def __post_init__(self) -> None:
-        if self.architecture not in SUPPORTED:
-            known = ", ".join(SUPPORTED)
-            raise ValueError(
-                f"architecture {self.architecture} is not supported: rlkit knows {known}; choose such a model"
-            )
+        if self.architecture not in FAMILIES:
+            raise ValueError(unsupported(self.architecture))
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value <= 0):
+            sized = field.type == "int" or (field.type == "int | None" and value is not None)
+            if sized and (type(value) is not int or value <= 0):
                 raise ValueError(f"{field.name} = {value!r} is no positive whole number; the model's config is damaged")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads do not share {self.kv_heads} KV heads evenly; the config is damaged")
 
     @property
+    def family(self) -> Family:
+        """What it has in common with all models of its architecture."""
+        return FAMILIES[self.architecture]
+
+    @property
     def qkv_bias(self) -> bool:
         """Whether the query, key and value projections add a bias."""
-        return self.architecture == "Qwen2ForCausalLM"
+        return self.attention_bias or self.family.qkv_bias
 
     def linears(self) -> Iterator[tuple[str, int, int]]:
-        """Yield (module name, N outputs, K inputs) of every linear, layer by layer, lm_head last."""
+        """Yield (module name, N outputs, K inputs) of every linear, layer by layer, lm_head last; no experts."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = {"q_proj": query, "k_proj": key, "v_proj": key}
+        mlp = {"gate_proj": self.ffn, "up_proj": self.ffn}
+        if self.family.fused:
+            attention, mlp = {"qkv_proj": query + 2 * key}, {"gate_up_proj": 2 * self.ffn}
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}"
-            yield f"{prefix}.self_attn.q_proj", query, self.hidden
-            yield f"{prefix}.self_attn.k_proj", key, self.hidden
-            yield f"{prefix}.self_attn.v_proj", key, self.hidden
+            for name, n in attention.items():
+                yield f"{prefix}.self_attn.{name}", n, self.hidden
             yield f"{prefix}.self_attn.o_proj", self.hidden, query
-            yield f"{prefix}.mlp.gate_proj", self.ffn, self.hidden
-            yield f"{prefix}.mlp.up_proj", self.ffn, self.hidden
-            yield f"{prefix}.mlp.down_proj", self.hidden, self.ffn
+            if self.experts is None:
+                for name, n in mlp.items():
+                    yield f"{prefix}.mlp.{name}", n, self.hidden
+                yield f"{prefix}.mlp.down_proj", self.hidden, self.ffn
         yield "lm_head", self.vocab, self.hidden
+
+    def others(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield (name, shape) of every tensor but the matrices of `linears` and the embedding: norms, biases, experts.
+
+        Experts' matrices are (experts, inputs, outputs), as GPT-OSS has them.
+        """
+        for module, n, _k in self.linears():
+            if self._has_bias(module.rpartition(".")[2]):
+                yield f"{module}.bias", (n,)
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}"
+            for name in self.family.norms:
+                yield f"{prefix}.{name}.weight", (self.hidden,)
+            for name in self.family.qk_norms:
+                yield f"{prefix}.self_attn.{name}.weight", (self.head_dim,)
+            if self.family.sinks:
+                yield f"{prefix}.self_attn.sinks", (self.heads,)
+            if self.experts is not None:
+                yield from self._experts(f"{prefix}.mlp", self.experts)
+        if self.family.norms:
+            yield "model.norm.weight", (self.hidden,)
+
+    def _has_bias(self, name: str) -> bool:
+        if name in ("q_proj", "k_proj", "v_proj"):
+            return self.qkv_bias
+        return self.attention_bias if name == "o_proj" else self.mlp_bias and name != "lm_head"
+
+    def _experts(self, prefix: str, count: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{prefix}.router.weight", (count, self.hidden)
+        yield f"{prefix}.router.bias", (count,)
+        for name, k, n in (("gate_up_proj", self.hidden, 2 * self.ffn), ("down_proj", self.ffn, self.hidden)):
+            yield f"{prefix}.experts.{name}", (count, k, n)
+            yield f"{prefix}.experts.{name}_bias", (count, n)
 
     @property
     def parameters(self) -> int:
         """How many numbers the model holds; a tied embedding counts once."""
         matrices = sum(n * k for _name, n, k in self.linears())
         embedding = 0 if self.tied else self.vocab * self.hidden
-        norms = (2 * self.layers + 1) * self.hidden + (2 * self.layers * self.head_dim if self.qk_norm else 0)
-        biases = self.layers * (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
-        return matrices + embedding + norms + biases
+        return matrices + embedding + sum(math.prod(shape) for _name, shape in self.others())
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, one per field."""
@@ -112,11 +155,10 @@ class ModelShape:
     @staticmethod
     def from_json(value: dict[str, Any]) -> ModelShape:
         """The shape that `to_json` wrote; unknown keys are ignored."""
-        known = [field.name for field in fields(ModelShape)]
-        missing = [name for name in known if name not in value]
+        missing = [field.name for field in fields(ModelShape) if field.default is MISSING and field.name not in value]
         if missing:
             raise ValueError(f"the shape lacks {', '.join(missing)}; write it again with this rlkit")
-        return ModelShape(**{name: value[name] for name in known})
+        return ModelShape(**{field.name: value[field.name] for field in fields(ModelShape) if field.name in value})
 
 
 def resolve(reference: str | Path, *, download: bool = False, tell: Tell = silent) -> Source:
@@ -220,19 +262,12 @@ def read_shape(source: Source) -> ModelShape:
     return _shape_of_config(source.path / "config.json")
 
 
-def _unsupported(architecture: object, known: Iterable[str]) -> str:
-    return f"architecture {architecture} is not supported: rlkit knows {', '.join(known)}; choose such a model"
-
-
 def _shape_of_config(path: Path) -> ModelShape:
     config = read_json(path)
     architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in SUPPORTED:
-        known = ", ".join(SUPPORTED)
-        raise ValueError(
-            f"{path}: architecture {architecture} is not supported: rlkit knows {known}; choose such a model"
-        )
-    qwen3 = architecture == "Qwen3ForCausalLM"
+    if architecture not in FAMILIES:
+        raise ValueError(f"{path}: {unsupported(architecture)}")
+    family = FAMILIES[architecture]
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return ModelShape(
@@ -242,11 +277,15 @@ def _shape_of_config(path: Path) -> ModelShape:
             ffn=config["intermediate_size"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or (128 if qwen3 else hidden // heads),
+            head_dim=config.get("head_dim") or family.head_dim or hidden // heads,
             vocab=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=bool(config.get("tie_word_embeddings", family.tied)),
             max_context=config["max_position_embeddings"],
-            qk_norm=qwen3,
+            qk_norm=bool(family.qk_norms),
+            attention_bias=bool(config.get(family.attention_bias, family.biased)),
+            mlp_bias=bool(config.get(family.mlp_bias)),
+            experts=config.get("num_local_experts"),
+            active_experts=config.get("num_experts_per_tok"),
         )
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}; the config is incomplete, so fetch or make it again") from error
@@ -267,7 +306,7 @@ def _shape_of_gguf(path: Path) -> ModelShape:
     rows = {tensor.name: tensor.shape[0] for tensor in header.tensors}
     name = header.metadata.get("general.architecture")
     if name not in GGUF_ARCHITECTURES:
-        raise ValueError(f"{path}: {_unsupported(name, GGUF_ARCHITECTURES)}")
+        raise ValueError(f"{path}: {unsupported(name, GGUF_ARCHITECTURES)}")
     facts: dict[str, Any] = {key.removeprefix(f"{name}."): value for key, value in header.metadata.items()}
     try:
         heads, hidden = facts["attention.head_count"], facts["embedding_length"]

@@ -11,11 +11,21 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import families
 import tiny
 import wheels
-from rlkit.recover import assets, ggufheader, source
+from rlkit.recover import architectures, assets, ggufheader, source
 from rlkit.recover.source import ModelShape, SourceKind
 
 SIZES = {
@@ -186,6 +196,64 @@ def test_shape_counts_what_transformers_builds(tmp_path: Path, kind: str, tied: 
     assert shape.tied == tied and shape.qk_norm == (kind == "qwen3") and shape.max_context == 64
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_shapes_of_all_families_are_what_transformers_builds(tmp_path: Path, name: str, biased: bool) -> None:
+    model = families.model(name, attention_bias=biased, mlp_bias=biased, use_bias=biased)
+    model.config.save_pretrained(tmp_path)
+    shape = source.read_shape(source.resolve(tmp_path))
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {path: (n, k) for path, n, k in shape.linears()} == {
+        path: (module.out_features, module.in_features) for path, module in linears.items()
+    }
+    matrices = {"model.embed_tokens.weight", *(f"{path}.weight" for path in linears)}
+    others = {path: tuple(value.shape) for path, value in model.named_parameters() if path not in matrices}
+    assert dict(shape.others()) == others
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert ModelShape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
+
+
+@pytest.mark.parametrize("architecture", architectures.FAMILIES)
+def test_silent_configs_mean_what_transformers_takes_them_for(architecture: str, tmp_path: Path) -> None:
+    kind = next(kind for kind, _ in families.FAMILIES.values() if type_name(kind) == architecture)
+    defaults = AutoConfig.for_model(kind)
+    silent = {key: SIZES[key] for key in ("num_hidden_layers", "intermediate_size", "vocab_size")}
+    sizes = {key: getattr(defaults, key) for key in ("hidden_size", "num_attention_heads", "max_position_embeddings")}
+    shape = source.read_shape(source.resolve(write_config(tmp_path, architectures=[architecture], **silent, **sizes)))
+    heads = defaults.hidden_size // defaults.num_attention_heads
+    assert shape.tied == bool(defaults.tie_word_embeddings)
+    assert shape.head_dim == (getattr(defaults, "head_dim", None) or heads)
+    assert shape.attention_bias == bool(getattr(defaults, "attention_bias", False))
+    assert shape.mlp_bias == bool(getattr(defaults, "mlp_bias", False))
+
+
+def type_name(kind: str) -> str:
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+
+
+def test_shapes_written_before_biases_were_a_field() -> None:
+    sizes = {"layers": 2, "hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 99}
+    old = {"architecture": "Qwen2ForCausalLM", **sizes, "tied": True, "max_context": 64, "qk_norm": False}
+    assert ModelShape.from_json(old).qkv_bias and not ModelShape.from_json(old).attention_bias
+    assert not ModelShape.from_json({**old, "architecture": "LlamaForCausalLM"}).qkv_bias
+
+
+def test_a_family_that_does_not_work_is_refused_with_the_reason(tmp_path: Path) -> None:
+    assert not set(architectures.UNSUPPORTED) & set(architectures.SUPPORTED)
+    for architecture, reason in architectures.UNSUPPORTED.items():
+        folder = write_config(tmp_path / architecture, architectures=[architecture], **SIZES)
+        with pytest.raises(ValueError) as caught:
+            source.read_shape(source.resolve(folder))
+        assert f"{architecture} is not supported: {reason}; rlkit knows Llama" in str(caught.value)
+
+
+def test_recovery_says_which_families_it_knows() -> None:
+    for architecture in architectures.RECOVERABLE:
+        architectures.check_recoverable(architecture)
+    with pytest.raises(ValueError, match="GemmaForCausalLM can be exported, but recovery knows LlamaForCausalLM"):
+        architectures.check_recoverable("GemmaForCausalLM")
+
+
 def test_json_round_trip(hf: Path) -> None:
     shape = source.read_shape(source.resolve(hf))
     assert ModelShape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
@@ -205,11 +273,12 @@ def test_defaults_of_short_configs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported: rlkit knows LlamaForCausalLM"),
+        ({"architectures": ["OPTForCausalLM"]}, "OPTForCausalLM is not supported: rlkit knows LlamaForCausalLM"),
         ({"architectures": None}, "architecture none is not supported"),
         ({"num_hidden_layers": 0}, "layers = 0 is no positive whole number"),
         ({"hidden_size": "128"}, "is no positive whole number"),
         ({"num_key_value_heads": 3}, "do not share"),
+        ({"architectures": ["GptOssForCausalLM"], "num_local_experts": 0}, "experts = 0 is no positive whole number"),
     ],
 )
 def test_bad_configs_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
