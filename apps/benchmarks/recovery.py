@@ -2,16 +2,17 @@
 
     python -m rlkit.apps.benchmarks.recovery -o ./bench-recovery --suite methods
 
-Gate and up projections of the model go to 2 bits, everything else stays float, so that nothing else is measured.
-Divergence and perplexity are taken on held-out LAMBADA passages, last-word accuracy on passages of the same file.
-Every case is kept in the output folder: an interrupted run continues, and suites share their cases and texts.
+In suites of cases gate and up projections go to 2 bits, everything else stays float, so that nothing else is measured;
+divergence and perplexity are taken on held-out LAMBADA passages, last-word accuracy on passages of the same file. What
+other suites do is in comparisons.py. Every case is kept in the output folder: an interrupted run continues, and suites
+share their cases and texts.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,17 +20,15 @@ from typing import Annotated, Any
 import typer
 
 from rlkit.apps import console, heldout
+from rlkit.apps.benchmarks import comparisons, texts
+from rlkit.apps.benchmarks.texts import BUDGETS, LENGTH, STEPS, Bench
 from rlkit.profiles import lastword
 from rlkit.profiles.machine import measure_machine
 from rlkit.recover import assets, contents, source
 from rlkit.recover.atomic import write_json
-from rlkit.recover.progress import Tell
 from rlkit.recover.recipe import METHODS, QUANTIZERS, Recipe, Rule, Scheme
 
 GATE_UP = ("*.gate_proj", "*.up_proj")
-LENGTH = 128
-STEPS = {"16k": 32, "64k": 64, "256k": 128}  # of 16 rows each: 4 times over the text, twice, once
-BUDGETS = {"16k": 16384, "64k": 65536, "256k": 262144}  # synthetic tokens
 PASSAGES = 200
 MAX_STATISTICS_ROWS = 512
 
@@ -69,7 +68,10 @@ SUITES: dict[str, tuple[Case, ...]] = {
 
 def main(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of texts and results.")] = Path("bench-recovery"),
-    suite: Annotated[list[str] | None, typer.Option(help=f"Which cases: {', '.join(SUITES)}, generation.")] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Which: {', '.join(SUITES)}, generation, auto, repair, errors; repeatable."),
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="Only cases of these budgets: 16k,64k.")] = None,
     model: Annotated[str, typer.Option(help="A model: asset name, folder or .gguf file.")] = "smollm2-135m",
     text: Annotated[str, typer.Option(help="Held-out requests: a text asset or .jsonl(.gz) file.")] = "lambada",
@@ -77,19 +79,19 @@ def main(
 ) -> None:
     """Run suites of recovery cases and print their figures."""
     asked = suite or ["quick"]
-    unknown = [name for name in asked if name not in (*SUITES, "generation")]
+    unknown = [name for name in asked if name not in (*SUITES, *OTHERS)]
     if unknown:
-        raise typer.BadParameter(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}, generation")
+        raise typer.BadParameter(f"no suite {unknown[0]!r}; there are {', '.join([*SUITES, *OTHERS])}")
     found = source.resolve(model, download=model in assets.registry())
-    held_out = heldout.find(found, text)
     results: dict[str, Any] = {"schema_version": 1, "model": model, "machine": measure_machine().to_json()}
     with console.progress(quiet=json) as tell:
-        if "generation" in asked:
-            results["generation"] = _generation(found, out, tell)
+        bench = Bench(found, heldout.find(found, text), out, tell)
+        results |= {name: OTHERS[name].run(bench) for name in asked if name in OTHERS}
         cases = dict.fromkeys(case for name in asked if name in SUITES for case in SUITES[name])
         wanted = [case for case in cases if tokens is None or case.tokens in tokens.split(",")]
-        results["cases"] = [_run(case, found, held_out, out, tell) for case in wanted]
-        results["original"] = _original(found, held_out, out, tell)
+        results["cases"] = [_run(case, bench) for case in wanted]
+        if wanted:
+            results["original"] = _original(bench)
     write_json(out / f"{'-'.join(asked)}.json", results)
     if json:
         console.emit_json(results)
@@ -97,16 +99,16 @@ def main(
     _show(results)
 
 
-def _run(case: Case, found: source.Source, held_out: heldout.HeldOut, out: Path, tell: Tell) -> dict[str, Any]:
+def _run(case: Case, bench: Bench) -> dict[str, Any]:
     """A case's figures, from its folder if it was run before."""
-    kept = out / "cases" / f"{case.name}.json"
+    kept = bench.out / "cases" / f"{case.name}.json"
     if kept.is_file():
         return source.read_json(kept)
     from rlkit.recover import distill, recovery, workbench
 
     console.say(f"case {case.name}")
-    corpus, synthesis_seconds = _corpus(case.tokens, found, out, tell)
-    folder, began = out / "checkpoint", time.perf_counter()
+    corpus, synthesis_seconds = bench.text(case.tokens)
+    folder, began = bench.out / "checkpoint", time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
     settings = recovery.Settings(
         method=case.method,
@@ -114,8 +116,9 @@ def _run(case: Case, found: source.Source, held_out: heldout.HeldOut, out: Path,
         amounts=workbench.Amounts(statistics_rows=min(MAX_STATISTICS_ROWS, BUDGETS[case.tokens] // LENGTH)),
         distillation=distill.Distillation(steps=case.steps or STEPS[case.tokens]),
     )
+    against = bench.held_out.against
     recovery.recover(
-        found, case.recipe(), folder, settings=settings, against=held_out.against, corpus=corpus, tell=tell
+        bench.model, case.recipe(), folder, settings=settings, against=against, corpus=corpus, tell=bench.tell
     )
     wall = time.perf_counter() - began
     facts = source.read_json(folder / "recovery.json")
@@ -123,7 +126,7 @@ def _run(case: Case, found: source.Source, held_out: heldout.HeldOut, out: Path,
     result = {
         **asdict(case),
         "stages": facts["stages"],
-        **_figures(folder, held_out.text, tell),
+        **_figures(folder, bench),
         "seconds": round(synthesis_seconds + sum(row["seconds"] for row in facts["stages"]), 1),
         "wall_seconds": round(wall, 1),
         "peak_nbytes": facts["peak_nbytes"],
@@ -137,19 +140,20 @@ def _run(case: Case, found: source.Source, held_out: heldout.HeldOut, out: Path,
     return result
 
 
-def _original(found: source.Source, held_out: heldout.HeldOut, out: Path, tell: Tell) -> dict[str, Any]:
+def _original(bench: Bench) -> dict[str, Any]:
     """What the original does with the same last words."""
-    kept = out / "original.json"
+    kept = bench.out / "original.json"
     if not kept.is_file():
         from rlkit.recover.model import load_model, logits_fn
 
-        model, tokenizer = load_model(found)
-        passages = lastword.read_passages(held_out.text, tokenizer.encode, count=PASSAGES)
-        write_json(kept, {"last_word": lastword.accuracy(logits_fn(model), passages, tell), "passages": len(passages)})
+        model, tokenizer = load_model(bench.model)
+        passages = lastword.read_passages(bench.held_out.text, tokenizer.encode, count=PASSAGES)
+        said = lastword.accuracy(logits_fn(model), passages, bench.tell)
+        write_json(kept, {"last_word": said, "passages": len(passages)})
     return source.read_json(kept)
 
 
-def _figures(folder: Path, requests: Path, tell: Tell) -> dict[str, Any]:
+def _figures(folder: Path, bench: Bench) -> dict[str, Any]:
     """Bits per weight of the 2-bit matrices with their adapters, and last words said."""
     from rlkit.recover.checkpoint import load_checkpoint
     from rlkit.recover.model import logits_fn
@@ -157,56 +161,38 @@ def _figures(folder: Path, requests: Path, tell: Tell) -> dict[str, Any]:
     rows = {row["kind"]: row for row in contents.describe(source.resolve(folder))["tensors"]}
     matrices, factors = rows["gate_up"], rows["adapter"]["weights"] if "adapter" in rows else 0
     model, tokenizer = load_checkpoint(folder)
-    passages = lastword.read_passages(requests, tokenizer.encode, count=PASSAGES)
+    passages = lastword.read_passages(bench.held_out.text, tokenizer.encode, count=PASSAGES)
     return {
         "bits_per_weight": round(8 * (matrices["nbytes"] + factors) / matrices["weights"], 3),  # factors: 8 bits
-        "last_word": lastword.accuracy(logits_fn(model), passages, tell),
+        "last_word": lastword.accuracy(logits_fn(model), passages, bench.tell),
     }
 
 
-def _corpus(tokens: str, found: source.Source, out: Path, tell: Tell) -> tuple[Path, float]:
-    """The text of a budget, sampled once, and how long that took."""
-    folder, timing = out / "texts" / tokens, out / "texts" / f"{tokens}.json"
-    if not folder.is_dir():
-        from rlkit.recover.model import fast_dtype, load_model
-        from rlkit.recover.synthesize import Sampling, synthesize
-
-        model, tokenizer = load_model(found)
-        began = time.perf_counter()
-        sampling = Sampling(sequences=BUDGETS[tokens] // LENGTH, length=LENGTH)
-        synthesize(model.to(fast_dtype()), tokenizer, sampling, folder, tell=tell)
-        write_json(timing, {"seconds": time.perf_counter() - began})
-    return folder, float(json.loads(timing.read_text(encoding="utf-8"))["seconds"])
+def _show_generation(found: dict[str, Any]) -> None:
+    rates = ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in found["tokens_per_s"].items())
+    console.emit(f"generation: {rates}; {found['ratio']:.1f} times")
 
 
-def _generation(found: source.Source, out: Path, tell: Tell) -> dict[str, Any]:
-    """Tokens per second of synthesize and of the model's own generate at batch 1, one after the other, twice."""
-    from rlkit.recover.model import fast_dtype, load_model
-    from rlkit.recover.synthesize import Sampling, synthesize
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A suite that is no list of cases: what it measures, and how its result is shown."""
 
-    loaded, tokenizer = load_model(found)
-    model = loaded.to(fast_dtype())
-    rates: dict[str, list[float]] = {"synthesize": [], "generate": []}
-    for seed in range(2):
-        folder, sampling = out / "generation", Sampling(sequences=192, length=LENGTH, seed=seed)
-        shutil.rmtree(folder, ignore_errors=True)
-        began = time.perf_counter()
-        corpus = synthesize(model, tokenizer, sampling, folder, tell=tell)
-        rates["synthesize"].append(corpus.ids.size / (time.perf_counter() - began))
-        start = tokenizer("The", return_tensors="pt").input_ids
-        began = time.perf_counter()
-        made = model.generate(start, do_sample=True, min_new_tokens=LENGTH, max_new_tokens=LENGTH)
-        rates["generate"].append((made.shape[1] - start.shape[1]) / (time.perf_counter() - began))
-    shutil.rmtree(folder, ignore_errors=True)
-    best = {name: sorted(found)[len(found) // 2] for name, found in rates.items()}
-    return {"tokens_per_s": best, "ratio": best["synthesize"] / best["generate"]}
+    run: Callable[[Bench], Any]
+    show: Callable[[Any], None]
+
+
+OTHERS = {
+    "generation": Other(texts.generation, _show_generation),
+    "auto": Other(comparisons.auto, comparisons.show_auto),
+    "repair": Other(comparisons.repair, comparisons.show_repair),
+    "errors": Other(comparisons.errors, comparisons.show_errors),
+}
 
 
 def _show(results: dict[str, Any]) -> None:
-    if "generation" in results:
-        found = results["generation"]
-        rates = ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in found["tokens_per_s"].items())
-        console.emit(f"generation: {rates}; {found['ratio']:.1f} times")
+    for name, other in OTHERS.items():
+        if name in results:
+            other.show(results[name])
     columns = ("method", "quantizer", "tokens", "group", "rank", "KL", "same top", "perplexity", "last word")
     rows = []
     for row in results["cases"]:
