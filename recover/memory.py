@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-LARGE_BLOCK = 4 * 2**20  # bytes; a tensor of this size is worth a system call
+LARGE_BLOCK = 2**20  # bytes; a tensor of this size is worth a system call
 _MMAP_THRESHOLD = -3  # mallopt's name for it in glibc's malloc.h
 
 

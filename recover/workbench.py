@@ -28,7 +28,7 @@ from rlkit.recover.correct import LowRank
 from rlkit.recover.distill import Distillation, distill
 from rlkit.recover.kept import Kept, States
 from rlkit.recover.layers import Treatment, in_blocks, treat
-from rlkit.recover.memory import peak_nbytes
+from rlkit.recover.memory import give_back, peak_nbytes
 from rlkit.recover.model import fast_dtype, linears, set_weights
 from rlkit.recover.progress import Progress, Tell
 from rlkit.recover.quantize import quantize_nearest
@@ -166,8 +166,9 @@ class Workbench:
     def _adapt(self, scaled: Collection[str], scaling: float) -> None:
         """Make the model trainable: matrices with adapters or scales to train become AdaptedLinear."""
         states = States(self._kept(), list(self.schemes), self.corrected, {})
-        for name, module in linears(self.model).items():
+        for name in list(linears(self.model)):  # names only: each matrix goes as soon as its successor is there
             if name in self.low_ranks or name in scaled:
+                module = self.model.get_submodule(name)
                 base = states[name] if name in self.schemes else module.weight.detach()
                 low_rank, train_scales = self.low_ranks.get(name), name in scaled
                 made = adapter.AdaptedLinear(module, base, low_rank, fast_dtype(), train_scales, scaling)
@@ -175,9 +176,10 @@ class Workbench:
 
     def _restore(self, scaled: Collection[str]) -> None:
         """The inverse of `_adapt`: plain linears that wear what was learned, as the checkpoint will hold it."""
-        for name, module in list(self.model.named_modules()):
-            if not isinstance(module, adapter.AdaptedLinear):
-                continue
+        give_back()  # what training took
+        kinds = [(name, type(module)) for name, module in self.model.named_modules()]
+        for name in [name for name, kind in kinds if kind is adapter.AdaptedLinear]:
+            module = self.model.get_submodule(name)
             low_rank, base = module.low_rank(), module.state()
             if name in scaled and not isinstance(base, torch.Tensor):
                 self.scales[name] = base.scales
