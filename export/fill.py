@@ -164,8 +164,8 @@ def _constants(model: ir.Model, loader: _Loader, prefix: str, plan: Plan) -> lis
 def _look_up(model: ir.Model, node: ir.Node, constants: list[ir.Value | None], bits: int, block: int) -> None:
     """Let the embedding read packed rows: codes (n, groups, width), scales and zero points as MatMulNBits has them."""
     qweight, *rest = constants
-    assert qweight is not None and qweight.const_value is not None
-    n, groups, width = (int(size) for size in qweight.const_value.shape)
+    assert qweight is not None and qweight.shape is not None
+    n, groups, width = qweight.shape.numpy()
     name = "/model/embed_tokens"
     size = ir.tensor(np.array([n, groups * width], np.int64), name="model.embed_tokens.sizes")
     shape = ir.Value(name=size.name, type=ir.TensorType(size.dtype), shape=ir.Shape([2]), const_value=size)
@@ -185,8 +185,8 @@ def _replace(model: ir.Model, node: ir.Node, made: list[ir.Node]) -> None:
     constants = [value for value in node.inputs if value is not None and value.is_initializer()]
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], made, [output], [result])
     for value in constants:
-        if not value.uses() and value.name in model.graph.initializers:
-            del model.graph.initializers[value.name]
+        if not value.uses():
+            model.graph.initializers.pop(value.name or "", None)
 
 
 def _fill_float(node: ir.Node, index: int, store: Store, parts: list[Part], *, transposed: bool) -> None:
@@ -200,7 +200,7 @@ def _fill_float(node: ir.Node, index: int, store: Store, parts: list[Part], *, t
         whole = found[0] if len(found) == 1 else np.concatenate(found)
         return np.ascontiguousarray(whole.T if transposed else whole)
 
-    shape = tuple(int(size) for size in value.shape)
+    shape = value.shape.numpy()
     value.const_value = ir.LazyTensor(
         lambda: ir.tensor(load().astype(kind.numpy()), name=value.name),
         dtype=kind,

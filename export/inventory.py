@@ -146,7 +146,7 @@ def expected_inventory(shape: ModelShape, recipe: Recipe) -> Inventory:
     """What a checkpoint of such a model will hold if `recipe` is followed, adapters included."""
     packed: dict[str, Packed] = {}
     adapters: dict[str, Adapter] = {}
-    floats: dict[str, tuple[int, ...]] = {"model.norm.weight": (shape.hidden,)}
+    floats: dict[str, tuple[int, ...]] = {}
     for module, n, k in shape.linears():
         scheme = recipe.scheme_for(module)
         if scheme is None:
@@ -156,19 +156,8 @@ def expected_inventory(shape: ModelShape, recipe: Recipe) -> Inventory:
         packed[module] = Packed(module, n, k, scheme.bits, scheme.group)
         if scheme.adapter_rank:
             adapters[module] = Adapter(module, scheme.adapter_rank, n, k, 1.0)
-    for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}"
-        floats[f"{prefix}.input_layernorm.weight"] = floats[f"{prefix}.post_attention_layernorm.weight"] = (
-            shape.hidden,
-        )
-        if shape.qk_norm:
-            floats[f"{prefix}.self_attn.q_norm.weight"] = floats[f"{prefix}.self_attn.k_norm.weight"] = (
-                shape.head_dim,
-            )
-    floats["model.embed_tokens.weight"] = (shape.vocab, shape.hidden)
-    if shape.qkv_bias:
-        outputs = {module: n for module, n, _k in shape.linears() if module[-6:] in ("q_proj", "k_proj", "v_proj")}
-        floats |= {f"{module}.bias": (n,) for module, n in outputs.items()}
+    floats |= dict(shape.others())
+    floats[EMBEDDING] = (shape.vocab, shape.hidden)
     return Inventory(f"{shape.architecture} by recipe {recipe.name}", shape, packed, floats, adapters)
 
 

@@ -116,5 +116,7 @@ def stack(matrices: Sequence[Matrix]) -> Matrix:
         raise ValueError(f"matrices of (bits, group, inputs) {kinds} cannot be stacked; give them one scheme")
     if len(matrices) == 1:
         return first
-    names = ("qweight", "scales", "qzeros")
-    return replace(first, **{name: np.concatenate([getattr(part, name) for part in matrices]) for name in names})
+    qweight, scales, qzeros = (
+        np.concatenate([getattr(part, name) for part in matrices]) for name in ("qweight", "scales", "qzeros")
+    )
+    return replace(first, qweight=qweight, scales=scales, qzeros=qzeros)

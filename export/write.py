@@ -39,7 +39,7 @@ def write(model: ir.Model, path: Path, *, tell: Tell = silent) -> None:
                 start,
                 len(raw),
                 tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(list(tensor.shape)),  # type: ignore[arg-type]
                 name=value.name or "",
                 base_dir=path.parent,
             )
@@ -63,7 +63,7 @@ def _in_order(model: ir.Model) -> list[ir.Value]:
     model.graph.sort()
     for node in model.graph:
         for value in node.inputs:
-            if value is not None and value.name in constants and constants[value.name] is value:
+            if value is not None and value.name and constants.get(value.name) is value:
                 found.setdefault(value.name, value)
     return list({**found, **constants}.values())
 

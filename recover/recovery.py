@@ -26,6 +26,7 @@ import numpy as np
 
 from rlkit.recover import methods, placement, quantizers, record
 from rlkit.recover.allocate import Budget
+from rlkit.recover.architectures import check_recoverable
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing, write_json
 from rlkit.recover.candidates import Search, plan_units
 from rlkit.recover.checkpoint import SCHEMA_VERSION, write_checkpoint
@@ -38,7 +39,7 @@ from rlkit.recover.progress import Tell, silent
 from rlkit.recover.recipe import Recipe, Scheme
 from rlkit.recover.sensitivity import Auto, auto_recipe
 from rlkit.recover.sensitivity import Work as SearchWork
-from rlkit.recover.source import Source
+from rlkit.recover.source import Source, read_shape
 from rlkit.recover.stages import Measure, Stages, corpus_measure
 from rlkit.recover.sweep import HEAD, Rows
 from rlkit.recover.synthesize import Sampling, synthesize
@@ -98,6 +99,7 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
     settings, team = settings or Settings(), team or Team()
     refuse_existing(out, force=force)
     work = out.with_name(f".{out.name}.work")
+    check_recoverable(read_shape(source).architecture)
     model, tokenizer = load_model(source)
     check_weights(model, _quantized(model, recipe, settings))
     need_space(out, 4 * sum(parameter.numel() for parameter in model.parameters()))  # the checkpoint and the work on it

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from rlkit.recover import adapter, differences, placement, record, recovery
+from rlkit.recover.architectures import check_recoverable
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing, write_json
 from rlkit.recover.checkpoint import SCHEMA_VERSION
 from rlkit.recover.corrupt import FILE as CORRUPTION
@@ -30,7 +31,7 @@ from rlkit.recover.model import linears, load_model, logits_fn
 from rlkit.recover.placement import Placement
 from rlkit.recover.progress import Tell, silent
 from rlkit.recover.recovery import Against, Settings
-from rlkit.recover.source import Source, SourceKind, read_json
+from rlkit.recover.source import Source, SourceKind, read_json, read_shape
 from rlkit.recover.stages import Stages, corpus_measure
 from rlkit.recover.team import Team
 from rlkit.recover.weights import Weights, identity, need_float, rewrite
@@ -62,6 +63,7 @@ def repair(  # noqa: PLR0913, a job and where its parts lie
     """
     settings, team = checked(settings or Settings()), team or Team()
     check_folders(teacher, degraded, out, force=force)
+    check_recoverable(read_shape(teacher).architecture)
     model, tokenizer = load_model(teacher)
     differences.need_same_use(model, tokenizer, degraded)
     weights = Weights(degraded)

@@ -19,5 +19,6 @@ def round_matrix(weight: NDArray[np.float32], scheme: Scheme) -> tuple[Bytes, Fl
 
     Raises ValueError if `scheme` cannot hold the matrix or it is not finite.
     """
-    found = in_blocks(torch.from_numpy(np.require(weight, requirements=["C", "W"])), partial(quantize_nearest, scheme=scheme))
+    own = torch.from_numpy(np.require(weight, requirements=["C", "W"]))
+    found = in_blocks(own, partial(quantize_nearest, scheme=scheme))
     return found.codes.numpy(), found.scales.numpy(), found.zeros.numpy()
