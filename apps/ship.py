@@ -5,6 +5,7 @@ The work is done elsewhere; here options are read, the plan is shown for --dry-r
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,8 +172,18 @@ def made(out: Path, json: bool, *, next_step: str) -> None:
         return
     nbytes = sum(row["nbytes"] for row in facts["tensors"])
     console.emit(f"{out}: {facts['kind']}, {console.nbytes_text(nbytes)} of tensors")
+    for line in _report(out):
+        console.emit(line)
     divergence = facts.get("divergence")
     if divergence and "kl_mean" in divergence:
         same = f"{100 * divergence['top1_agreement']:.1f}% same likeliest token"
         console.emit(f"the file that ships: KL {divergence['kl_mean']:.4f} nats per token, {same}")
     console.say(f"next: {next_step}")
+
+
+def _report(out: Path) -> list[str]:
+    """What happened to the tensors of a GGUF, one line for each kind of change; rlkit.json has every tensor."""
+    manifest = out / "rlkit.json"
+    rows = source.read_json(manifest).get("report") or [] if manifest.is_file() else []
+    counts = Counter((row["type"], row["became"], row["why"]) for row in rows)
+    return [f"- {count} tensors of {kind}: {became} ({why})" for (kind, became, why), count in counts.items()]

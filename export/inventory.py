@@ -121,7 +121,11 @@ def _all_shapes(path: Path, remedy: str) -> dict[str, tuple[int, ...]]:
     """The tensors of all shards; an index must not name files or tensors that are not there."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(path.glob("*.safetensors")):
-        shapes |= dict(_shapes(file))
+        for name, dtype, shape, _nbytes in read_safetensors_header(file):
+            if name.endswith((".qweight", ".qzeros")) and dtype != "U8":
+                why = f"{name} is {dtype}, not packed uint8, and no fast kernel reads that"
+                raise ValueError(f"{file}: {why}; round the zero points to integers and pack them")
+            shapes[name] = tuple(shape)
     if not shapes:
         raise FileNotFoundError(f"{path} holds no *.safetensors file, so it has no weights; {remedy}")
     index = path / "model.safetensors.index.json"

@@ -137,3 +137,12 @@ def test_folders_that_are_no_float_model(source: Path, tmp_path: Path) -> None:
     rounded = store.open_store(resolve(folder), tiny.W4)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj: 1 of .* weights are NaN"):
         rounded.matrix("model.layers.0.mlp.up_proj")
+
+
+def test_float_zero_points_are_refused(source: Path, tmp_path: Path) -> None:
+    folder = tiny.checkpoint(source, tmp_path / "ckpt")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.qzeros"] = tensors["lm_head.qzeros"].float()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head\.qzeros is F32, not packed uint8"):
+        store.open_store(resolve(folder))
