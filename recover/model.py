@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlkit.recover.ggufconfig import rope_parameters
+from rlkit.recover.ggufheader import read_header
 from rlkit.recover.memory import map_large_blocks
 from rlkit.recover.source import Source, SourceKind, read_shape
 
@@ -50,6 +52,7 @@ def load_model(source: Source) -> tuple[Any, Any]:
             raise ValueError(f"{source.reference} cannot be loaded: {first}; fetch it again or name another") from error
     if source.gguf_file:
         _forget_gguf(model)
+        _turn_as_written(model, source)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -62,6 +65,14 @@ def _forget_gguf(model: Any) -> None:
     model.config.architectures = [
         type(model).__name__
     ]  # a GGUF does not name the class, and readers of folders need it
+
+
+def _turn_as_written(model: Any, source: Source) -> None:
+    """Rotary positions as the file's head says: transformers' reader leaves scaling (Llama 3, YaRN, linear) out."""
+    rope = rope_parameters(source.file, read_header(source.file), read_shape(source))
+    if rope["rope_type"] != "default":
+        model.config.rope_parameters = rope
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import tiny
 from ggufs import SIZES, always, opened, random_model, with_tensor, write
 from rlkit.recover.ggufconfig import rope_parameters
 from rlkit.recover.ggufheader import read_header
-from rlkit.recover.model import quiet_transformers
+from rlkit.recover.model import load_model, quiet_transformers
 from rlkit.recover.source import read_shape, resolve
 
 
@@ -144,3 +145,18 @@ def test_more_tokens_than_the_embedding_has_rows(tmp_path: Path) -> None:
     store = opened(write(tmp_path / "model.gguf", model))
     with pytest.raises(ValueError, match="359 tokens, but an embedding of 100 rows"):
         store.prepare(tmp_path / "made")
+
+
+def test_the_torch_model_of_a_file_turns_as_the_file_says(tmp_path: Path) -> None:
+    """transformers' reader leaves the scaling out, which would make the reference of a gate another model."""
+    plain = random_model()
+    scaled = copy.deepcopy(plain)
+    scaled.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+    scaled.model.rotary_emb = type(scaled.model.rotary_emb)(scaled.config)
+    facts = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    file = write(tmp_path / "scaled.gguf", plain, always(Kind.F32), **facts)
+    loaded, _tokenizer = load_model(resolve(file))
+    ids = np.random.default_rng(0).integers(3, 500, (1, 40))
+    found, expected = (tiny.logits(model, ids) for model in (loaded, scaled))
+    assert np.abs(found - expected).max() <= 1e-4
+    assert np.abs(found - tiny.logits(plain, ids)).max() > 1e-2
