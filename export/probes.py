@@ -66,7 +66,7 @@ class Attention:
         marks[f"window {self.window}"] = self.window >= 0
         marks[f"batch {self.rows}"] = self.rows > 1
         extras = " ".join(mark for mark, given in marks.items() if given)
-        return f"head {self.head} heads {self.heads}/{self.kv_heads} new {self.new} past {self.past} {extras}".rstrip()
+        return f"heads {self.heads}/{self.kv_heads} x {self.head}, {self.new} new after {self.past} {extras}".rstrip()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

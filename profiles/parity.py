@@ -3,9 +3,9 @@
 An error is the largest difference over the largest value of the reference, so that it means the same for every value.
 
 Attention has two more references: the exact one in float64, and what the flash-attention shader of ONNX Runtime's
-WebGPU provider (read in 1.27) computes where a subgroup has fewer than 8 invocations. It takes as many keys per pass as
-a subgroup has invocations, but counts at least 8, and the accumulators it declares within the loop start a pass at what
-the one before left in them. The keys beyond the subgroup are zero, so they only add to the denominator of softmax.
+WebGPU provider (read in 1.27) computes by way of Vulkan. It takes as many keys per pass as a subgroup has invocations,
+16 at most, but counts at least 8; keys beyond the subgroup are zero, so they only add to the denominator of softmax.
+And the accumulators that it declares within the loop start a pass at what the one before left in them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-COUNTED = 8  # keys that the shader counts per pass at least
+COUNTED, MOST = 8, 16  # keys that the shader counts per pass at least, and takes at most
 _LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -78,19 +78,18 @@ def attend(q: Array, k: Array, v: Array, heads: int, past: int = 0) -> NDArray[n
     return _joined(weights / weights.sum(-1, keepdims=True) @ v)
 
 
-def attend_in_narrow_subgroups(
-    q: Array, k: Array, v: Array, heads: int, past: int = 0, *, subgroup: int = 4
-) -> NDArray[np.float64]:
-    """What the shader makes of the same input with that subgroup size; see the module."""
+def attend_in_passes(q: Array, k: Array, v: Array, heads: int, past: int = 0, *, subgroup: int) -> NDArray[np.float64]:
+    """What the shader makes of the same input where subgroups have that many invocations; see the module."""
     q, k, v = _by_head(q, k, v, heads)
     batch, _, new, _ = q.shape
-    total, width = k.shape[2], max(subgroup, COUNTED)
+    total, taken = k.shape[2], min(subgroup, MOST)
+    width = max(taken, COUNTED)
     out = np.zeros(q.shape)
     left = np.zeros((batch, heads, new, width))
     highest = np.full((batch, heads, new, 1), _LOWEST)
     below = np.zeros((batch, heads, new, 1))
-    for start in range(0, total, subgroup):
-        stop = min(start + subgroup, total)
+    for start in range(0, total, taken):
+        stop = min(start + taken, total)
         left[..., : stop - start] += q @ k[:, :, start:stop].swapaxes(2, 3)
         seen = start + np.arange(width)[None] <= past + np.arange(new)[:, None]
         scores = np.where(seen, left, _LOWEST)

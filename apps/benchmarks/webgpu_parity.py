@@ -1,4 +1,4 @@
-"""Does WebGPU compute what the CPU computes? Single operators and a whole tiny W4/W2 model, also where there is no GPU.
+"""Does WebGPU compute what the CPU computes? Single operators and whole tiny W4/W2 models, also where there is no GPU.
 
     python -m rlkit.apps.benchmarks.webgpu_parity -o ./bench-webgpu
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from rlkit.apps import console
 from rlkit.apps.benchmarks import webgpu_cases as cases
+from rlkit.apps.benchmarks import webgpu_models
 from rlkit.profiles.machine import cpu_name
 from rlkit.recover.atomic import write_json
 from rlkit.runtime import onnxjobs
@@ -103,7 +104,10 @@ def compare(out: Path, python: Path | None = None, driver: str = "software") -> 
     facts, products = compare_probes(elsewhere, cases.products(), "products")
     subgroup = min((device["subgroup"] for device in facts["vulkan"]), default=0)
     _, attentions = compare_probes(elsewhere, cases.attentions(), "attentions", subgroup)
-    model = compare_model(elsewhere, subgroup)
+    bundles = {
+        family: webgpu_models.tiny_bundle(family, (out / "models").absolute()) for family in webgpu_models.FAMILIES
+    }
+    models = [compare_model(elsewhere, family, bundle, subgroup) for family, bundle in bundles.items()]
     rows = [*products, *attentions]
     return {
         "schema_version": 1,
@@ -113,9 +117,10 @@ def compare(out: Path, python: Path | None = None, driver: str = "software") -> 
         "cpu": cpu_name(),
         "products": products,
         "attentions": attentions,
-        "model": model,
-        "passed": all(row["passed"] for row in rows) and model["passed"],
+        "models": models,
+        "passed": all(row["passed"] for row in [*rows, *models]),
         "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(sum(os.times()[:4]), 1),  # with those of the processes that ran the jobs
     }
 
 
@@ -207,11 +212,10 @@ def _refuse_no_device(facts: dict[str, Any], answers: dict[str, dict[str, Any]])
             raise Unavailable("WebGPU finds no device; install a Vulkan driver, or use --driver software")
 
 
-def compare_model(elsewhere: Elsewhere, subgroup: int) -> dict[str, Any]:
-    """The tiny model, run as a whole and node by node on what the CPU had computed."""
+def compare_model(elsewhere: Elsewhere, name: str, bundle: Path, subgroup: int) -> dict[str, Any]:
+    """A bundle, run as a whole and node by node on what the CPU had computed."""
     from rlkit.export import probes
 
-    bundle = cases.tiny_bundle(elsewhere.folder.parent / "tiny")
     path = bundle / "model.onnx"
     whole = elsewhere.folder / "whole.onnx"
     whole.write_bytes(probes.exposed(path).SerializeToString())
@@ -227,14 +231,19 @@ def compare_model(elsewhere: Elsewhere, subgroup: int) -> dict[str, Any]:
     _, answers = elsewhere.run(jobs, "model")
     for answer in answers.values():
         if "error" in answer:
-            raise RuntimeError(f"the tiny model does not run on WebGPU: {answer['error']}")
+            raise RuntimeError(f"{name} does not run on WebGPU: {answer['error']}")
     steps = []
     for step in values:
         found = {
             short: onnxjobs.load_arrays(elsewhere.folder / f"{step}-{short}.out.npz") for short in ("webgpu", "parts")
         }
         steps.append(cases.judge_step(step, values[step], found, operators, LIMIT, subgroup))
-    return {"steps": steps, "placed": answers["parts"]["placed"], "passed": all(step["passed"] for step in steps)}
+    return {
+        "name": name,
+        "steps": steps,
+        "placed": answers["parts"]["placed"],
+        "passed": all(step["passed"] for step in steps),
+    }
 
 
 def _model_job(elsewhere: Elsewhere, model: Path, steps: Sequence[str], kind: str) -> dict[str, Any]:
@@ -259,7 +268,7 @@ def _cpu_values(elsewhere: Elsewhere, whole: Path, bundle: Path) -> dict[str, Ar
         onnxjobs.save_arrays(elsewhere.folder / f"{step.name}-feeds.npz", feeds)
         _, answers = elsewhere.run([_model_job(elsewhere, whole, [step.name], "cpu")], "cpu")
         if "error" in answers["cpu"]:
-            raise RuntimeError(f"the tiny model does not run on the CPU: {answers['cpu']['error']}")
+            raise RuntimeError(f"{bundle.name} does not run on the CPU: {answers['cpu']['error']}")
         found = onnxjobs.load_arrays(elsewhere.folder / f"{step.name}-cpu.out.npz")
         values[step.name] = {**found, **feeds}
         before = found
@@ -270,24 +279,48 @@ def show(found: dict[str, Any]) -> None:
     """Print a report as tables."""
     devices = ", ".join(f"{device['name']} (subgroups of {device['subgroup']})" for device in found["vulkan"])
     console.emit(f"onnxruntime {found['runtime']} on {devices or 'the system device'}, {found['cpu']}")
-    for kind, title in (("products", "MatMulNBits"), ("attentions", "GroupQueryAttention")):
-        cells = [cases.cells(row) for row in found[kind]]
-        console.table(("case", "WebGPU against CPU", "against the shader's model", ""), cells, title=title)
-    steps = found["model"]["steps"]
+    console.table(("MatMulNBits", "cases", "largest error", "at"), _by_width(found["products"]))
+    rows = [cases.cells(row) for row in found["attentions"]]
+    console.table(("GroupQueryAttention", "error", "to the shader's model", ""), rows)
+    for model in found["models"]:
+        _show_model(model)
+    console.emit(
+        f"{'passed' if found['passed'] else 'FAILED'} in {found['seconds']} s ({found['cpu_seconds']} s of CPU time)"
+    )
+
+
+def _by_width(rows: list[dict[str, Any]]) -> list[tuple[str, int, str, str]]:
+    """One line for each width and accuracy level, and one for every case that fails."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        words = row["name"].split()
+        kinds.setdefault(f"{words[0]}, level {words[-1]}", []).append(row)
+    lines = []
+    for kind, members in kinds.items():
+        worst = max(members, key=lambda row: row["error"] or 0.0)
+        lines.append((kind, len(members), cases.cells(worst)[1], worst["name"]))
+        lines += [
+            ("", 1, cases.cells(row)[1], f"FAILED {row['name']} {row['note']}") for row in members if not row["passed"]
+        ]
+    return lines
+
+
+def _show_model(model: dict[str, Any]) -> None:
+    steps = model["steps"]
     errors: dict[str, dict[str, str]] = {row["op"]: {} for step in steps for row in step["operators"]}
     for step in steps:
         for row in step["operators"]:
             errors[row["op"]][step["name"]] = f"{row['error']:.1e}"
     names = [step["name"] for step in steps]
     rows = [(op, *(by_step.get(name, "") for name in names)) for op, by_step in errors.items()]
-    console.table(("operator", *names), rows, title="whole model, node by node on the CPU's values: largest error")
+    title = f"{model['name']}: {steps[0]['nodes']} values, node by node on the CPU's, largest error"
+    console.table(("operator", *names), rows, title=title)
     for step in steps:
         first = f"first to differ: {step['first'] or 'none'}"
         verdict = "" if step["passed"] else "; FAILED"
         console.emit(f"{step['name']}: logits of the whole model off by {step['logits']:.1e}; {first}{verdict}")
-    outside = {op: names for op, names in found["model"]["placed"].items() if names != [WEBGPU]}
+    outside = [op for op, providers in model["placed"].items() if providers != [WEBGPU]]
     console.emit(f"operators that WebGPU left to the CPU provider: {', '.join(outside) or 'none'}")
-    console.emit(f"{'passed' if found['passed'] else 'FAILED'} in {found['seconds']} s")
 
 
 def _last_line(text: str) -> str:
