@@ -69,7 +69,7 @@ class Reference:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        named = {"kind": self.kind, "name": self.model.reference}
+        named = {"kind": self.kind, "name": shown(self.model)}
         return named | ({"why": self.why} if self.why else {})
 
 
@@ -96,7 +96,7 @@ def measure_export(
     def measure(folder: Path) -> dict[str, Any]:
         found = _measured(folder, model, stick, tell)
         if "skipped" in found:
-            tell(Progress("measure", 0, 1, f"not measured: {found['skipped']}"))
+            tell(Progress("gate", 1, 1, f"not measured: {found['skipped']}"))
         shut.check(found)
         return found
 
@@ -120,13 +120,22 @@ def original_of(checkpoint: Source) -> tuple[Source | None, str]:
     facts = source.read_json(stated).get("source") if stated.is_file() else None
     reference = facts.get("reference") if isinstance(facts, dict) else None
     if not isinstance(reference, str) or not reference:
-        return None, f"{checkpoint.reference} does not say what it was made of"
+        return None, f"{shown(checkpoint)} does not say what it was made of"
     try:
         found = source.resolve(reference)
         same = found.kind in FLOAT_KINDS and source.read_shape(found) == source.read_shape(checkpoint)
-    except (ValueError, OSError) as error:
-        return None, f"its original is not at hand ({_one_line(error)})"
-    return (found, "") if same else (None, f"{reference} is another model by now")
+    except (ValueError, OSError):
+        return None, f"its original {_bare(reference)} is not at hand"
+    return (found, "") if same else (None, f"{_bare(reference)} is another model by now")
+
+
+def shown(model: Source) -> str:
+    """A model's name as manifests and cards tell it to others: without the folders of this machine."""
+    return model.file.name if Path(model.reference).exists() else _bare(model.reference)
+
+
+def _bare(reference: str) -> str:
+    return Path(reference).name if Path(reference).is_absolute() else reference
 
 
 def needed_nbytes(model: Source) -> int:
@@ -188,12 +197,12 @@ def _kept(
     except ValueError as error:
         return _one_line(error)
     if needed > room:
-        what = f"the {reference.kind} {model.reference} needs {nbytes_text(needed)} of memory to run"
+        what = f"the {reference.kind} {shown(model)} needs {nbytes_text(needed)} of memory to run"
         return f"{what}, and {nbytes_text(room)} are free"
     try:
         loaded = heldout.load(model)
     except ValueError as error:
-        return f"the {reference.kind} {model.reference} cannot be loaded ({_one_line(error)})"
+        return f"the {reference.kind} {shown(model)} cannot be loaded ({_one_line(error)})"
     own = held_out if reference.kind == "original" else stack.enter_context(heldout.borrowed(held_out))
     heldout.keep(own, loaded, tell)
     del loaded
