@@ -37,7 +37,7 @@ SMALL = {"layers": 2, "hidden": 128, "ffn": 256, "heads": 4, "kv_heads": 2, "hea
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 def test_a_packed_checkpoint_is_one(architecture: str, tied: bool, tmp_path: Path) -> None:
     qk_norm = architecture == "Qwen3ForCausalLM"
     shape = replace(QWEN3_06B, architecture=architecture, max_context=128, qk_norm=qk_norm, tied=tied, **SMALL)
