@@ -101,10 +101,10 @@ def inspect(
         tied = "tied embedding" if shape["tied"] else "separate lm_head"
         console.emit(f"{shape['architecture']}  {sizes}  {heads}  {tied}  {facts['parameters'] / 1e6:.1f} M parameters")
     if facts["recipe"]:
-        measured = facts["divergence"]
-        found = (
-            f", KL to the original {measured['kl_mean']:.4f} nats/token" if measured and "kl_mean" in measured else ""
-        )
+        measured, found = facts["divergence"] or {}, ""
+        if "kl_mean" in measured:
+            whose = (measured.get("reference") or {}).get("kind", "original")
+            found = f", KL to the {whose} {measured['kl_mean']:.4f} nats/token"
         console.emit(f"recipe {facts['recipe']}{found}")
     _print_tensors(facts)
 

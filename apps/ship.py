@@ -178,6 +178,8 @@ def made(out: Path, json: bool, *, next_step: str) -> None:
     if divergence and "kl_mean" in divergence:
         same = f"{100 * divergence['top1_agreement']:.1f}% same likeliest token"
         console.emit(f"the file that ships: KL {divergence['kl_mean']:.4f} nats per token, {same}")
+    elif divergence and "skipped" in divergence:
+        console.emit(f"the file that ships was not measured: {divergence['skipped']}")
     console.say(f"next: {next_step}")
 
 

@@ -148,7 +148,7 @@ def _manifest(parts: Parts, settings: Settings) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "source": (provenance or {}).get("source") or {"reference": parts.source.reference, "kind": parts.source.kind},
+        "source": (provenance or {}).get("source") or _stated(parts.source),
         "recipe": recipe.load(asked).to_json() if asked.is_file() else None,
         "shape": parts.store.inventory.shape.to_json(),
         "target": settings.plan.target.name,
@@ -164,6 +164,11 @@ def _manifest(parts: Parts, settings: Settings) -> dict[str, Any]:
         "divergence": None,
         "provenance": provenance,
     }
+
+
+def _stated(source: Source) -> dict[str, Any]:
+    """Where an export without recovery came from."""
+    return {"reference": source.reference, "kind": str(source.kind), "file": source.gguf_file or source.path.name}
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any], hashes: dict[str, str]) -> None:

@@ -52,6 +52,7 @@ LIGHT_RECOVER = [
     "progress",
     "recipe",
     "source",
+    "upload",
 ]
 HEAVY = ["torch", "transformers", "peft", "accelerate", "huggingface_hub", "onnx", "onnx_ir", "gguf"]
 
