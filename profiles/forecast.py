@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rlkit.profiles.architecture import Architecture, of_shape
 from rlkit.profiles.machine import Machine
-from rlkit.profiles.operators import Matrix, Operator, Step, Storage, embedding_nbytes, matrices, operators
+from rlkit.profiles.operators import Matrix, Operator, Step, Storage, cache_nbytes, operators, weigh
 from rlkit.profiles.timing import Basis, Timing
 from rlkit.recover.recipe import Recipe
 from rlkit.recover.source import ModelShape
@@ -107,23 +108,31 @@ class Forecast:
 
 
 def forecast(
-    shape: ModelShape, recipe: Recipe, peaks: Peaks, workload: Workload, storage: Storage | None = None
+    model: ModelShape | Architecture,
+    recipe: Recipe,
+    peaks: Peaks,
+    workload: Workload,
+    storage: Storage | None = None,
 ) -> Forecast:
     """Forecast one workload; refuses a context that the model does not have."""
+    shape = of_shape(model) if isinstance(model, ModelShape) else model
     stored = storage or Storage()
     prompt, new = workload.prompt_tokens, workload.new_tokens
     if prompt + new > shape.max_context:
         asked = f"{prompt} prompt + {new} new tokens = {prompt + new}"
         raise ValueError(f"{asked} exceed the model's context of {shape.max_context}; ask for fewer")
-    weights = matrices(shape, recipe, stored)
+    weights = weigh(shape, recipe, stored)
     prefill = operators(shape, weights, stored, Step(prompt, 0, prompt if workload.all_logits else 1))
     # Bytes and FLOPs grow linearly with depth, so the mean of the first and the last decode step is the mean of all.
     first, last = (operators(shape, weights, stored, Step(1, past)) for past in (prompt, prompt + max(new - 2, 0)))
-    streamed = sum(matrix.streamed_nbytes for matrix in weights)
-    cached = stored.kv_token_nbytes(shape)
-    moved = streamed + cached * (2 * prompt + max(new - 2, 0) + 2) // 2  # weights, and the cache at mean depth
-    kept = streamed + embedding_nbytes(shape, recipe, stored)
-    peak = kept + cached * (prompt + new) + _scratch_nbytes(shape, stored, workload)
+    streamed = sum(matrix.streamed_nbytes for matrix in weights.matrices)
+    at_mean = (
+        cache_nbytes(shape, stored.kv, prompt + 1) + cache_nbytes(shape, stored.kv, prompt + max(new - 1, 1))
+    ) // 2
+    moved = streamed + at_mean  # weights, and the cache at mean depth
+    prompt_cached, cached = (cache_nbytes(shape, stored.kv, tokens) for tokens in (prompt, prompt + new))
+    kept = weights.stored_nbytes
+    peak = kept + cached + _scratch_nbytes(shape, stored, workload)
 
     def timing(ttft_seconds: float, tpot_seconds: float) -> Timing:
         return Timing(Basis.FORECAST, prompt, new, ttft_seconds, tpot_seconds, moved, peak)
@@ -133,14 +142,14 @@ def forecast(
         workload=workload,
         peaks=peaks,
         storage=stored,
-        weights=weights,
+        weights=weights.matrices,
         prefill=costs(prefill, peaks),
         decode=costs(first, peaks),
         roofline=timing(roofline_seconds(prefill, peaks), _mean(roofline_seconds(ops, peaks) for ops in (first, last))),
         life=timing(life_ttft_seconds(prefill, peaks), _mean(life_tpot_seconds(ops, peaks) for ops in (first, last))),
-        baseline=timing((streamed + cached * prompt) / peaks.bytes_per_s, moved / peaks.bytes_per_s),
+        baseline=timing((streamed + prompt_cached) / peaks.bytes_per_s, moved / peaks.bytes_per_s),
         stored_nbytes=kept,
-        kv_nbytes=cached * (prompt + new),
+        kv_nbytes=cached,
     )
 
 
@@ -197,10 +206,13 @@ def _mean(values: Iterable[float]) -> float:
     return sum(kept) / len(kept)
 
 
-def _scratch_nbytes(shape: ModelShape, storage: Storage, workload: Workload) -> int:
+def _scratch_nbytes(shape: Architecture, storage: Storage, workload: Workload) -> int:
     """Prefill's live activations: the residual and the widest layer's, and the logits."""
     logits = (workload.prompt_tokens if workload.all_logits else 1) * shape.vocab
-    live = workload.prompt_tokens * (2 * shape.hidden + 3 * shape.ffn)
+    widest = max(
+        layer.ffn or (layer.experts.active * layer.experts.ffn if layer.experts else 0) for layer in shape.layers
+    )
+    live = workload.prompt_tokens * (2 * shape.hidden + 3 * widest)
     return (logits + live) * storage.activation_bits // 8
 
 
@@ -216,7 +228,7 @@ def _assumptions(given: Forecast) -> Iterable[str]:
     zeros = "as many bits as a code" if stored.zero_bits is None else f"{stored.zero_bits} bits"
     yield (
         f"scales {stored.scale_bits} bits, zero points {zeros}, unquantized weights {stored.float_bits} bits, "
-        f"adapters {stored.adapter_bits}-bit blocks, cache {stored.kv_bits} bits"
+        f"adapters {stored.adapter_bits}-bit blocks, cache {stored.kv.bits} bits"
     )
     yield "attention is fused; activations always go to memory; the embedding reads its rows alone"
     if given.workload.all_logits:

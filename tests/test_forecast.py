@@ -11,13 +11,13 @@ import pytest
 from rlkit.profiles.forecast import Peaks, Workload, costs, forecast, life_tpot_seconds, life_ttft_seconds
 from rlkit.profiles.forecast import roofline_seconds as roofline
 from rlkit.profiles.machine import Machine
-from rlkit.profiles.operators import Kind, Operator, Storage
+from rlkit.profiles.operators import Cache, Kind, Operator, Storage
 from rlkit.profiles.timing import Basis, Spread, Timing, milliseconds
 from rlkit.recover import recipe
 from rlkit.recover.recipe import Recipe, Rule, Scheme
 from shapes import LLAMA2_7B, QWEN3_4B, SMOLLM2_135M
 
-HALF = Storage(scale_bits=16, float_bits=16, activation_bits=16, kv_bits=16)
+HALF = Storage(scale_bits=16, float_bits=16, activation_bits=16, kv=Cache(16))
 W4 = Recipe("w4-g128", (Rule(("*",), Scheme(4, 128)),))
 
 # One operator is bound by compute (2 s against 1 s), one by memory (1 s against 4 s); the second runs twice.
