@@ -22,6 +22,7 @@ from rlkit.export.inventory import Adapter, Inventory, adapter_tensor
 from rlkit.export.plan import Plan
 from rlkit.export.request import Options, Request, found
 from rlkit.export.store import Floats, Store, load_adapter
+from rlkit.export.targets import Target
 from rlkit.recover.atomic import fresh_folder, need_space, refuse_existing
 from rlkit.recover.progress import Progress, Tell, silent
 from rlkit.recover.source import Source
@@ -57,7 +58,7 @@ def export_bundle(
     skeleton.import_builder()
     peft = {name: adapter_files.read_peft(folder) for name, folder in _file_adapters(model, request).items()}
     with fresh_folder(out, force=force) as work, tempfile.TemporaryDirectory() as scratch:
-        builder_options = _builder_options(store.inventory, request)
+        builder_options = _builder_options(store.inventory, plan.target)
         made = skeleton.make_skeleton(store, plan.target, builder_options, Path(scratch), tell)
         _finish_graph(made.model, store, plan, request, model.path)
         slots = _adapter_inputs(made.model, peft)
@@ -77,7 +78,7 @@ def _adapter_inputs(model: ir.Model, peft: Mapping[str, Mapping[str, LowRank]]) 
     return adapter_files.add_inputs(model, modules) if modules else []
 
 
-def _builder_options(inventory: Inventory, request: Request) -> dict[str, str]:
+def _builder_options(inventory: Inventory, target: Target) -> dict[str, str]:
     """q, k and v as one matrix, unless they are stored differently or one of them has an adapter."""
     schemes: dict[str, set[Any]] = {}
     for layer in range(inventory.shape.layers):
@@ -85,7 +86,10 @@ def _builder_options(inventory: Inventory, request: Request) -> dict[str, str]:
         schemes[base] = {_scheme(inventory, f"{base}.{part}") for part in fill.QKV}
     apart = any(len(kinds) > 1 for kinds in schemes.values())
     adapted = any(module.endswith(fill.QKV) for module in inventory.adapters)
-    return {"fuse_qkv": "false"} if apart or adapted else {}
+    options = {"fuse_qkv": "false"} if apart or adapted else {}
+    if "qk_norm" in target.supports:  # attention that normalizes runs there alone: neither the gate nor WebGPU 1.27
+        options["fuse_qk_norm_gqa"] = "false"
+    return options
 
 
 def _scheme(inventory: Inventory, module: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import families
 import ggufs
 import tiny
 from rlkit.apps import cli
@@ -96,3 +97,10 @@ def test_the_plan_gives_its_reasons(checkpoint: Path, tmp_path: Path, capsys: py
     assert not (tmp_path / "b").exists()
     assert cli.run([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["target"] == "dml"
+
+
+def test_a_qwen3_for_webgpu_is_measured_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Norms of queries and keys stay outside of attention, which no CPU and no older WebGPU runtime does inside."""
+    source = families.folder("qwen3", tmp_path / "hf")
+    assert cli.run(["export", str(source), "-o", str(tmp_path / "b"), "--target", "igpu"]) == 0
+    assert "the file that ships: KL" in capsys.readouterr().out
