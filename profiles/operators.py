@@ -15,6 +15,8 @@ keeps between operators, and how kernels cut their work.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -54,6 +56,8 @@ __all__ = [
 ]
 
 CPU = NAMED["cpu"]
+_LATENT = "kv_b_proj"
+_FIRST = ("experts.gate_proj", "experts.gate_up_proj")
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
@@ -68,45 +72,66 @@ def operators_of(
     architecture: Architecture, weights: Weights, storage: Storage, steps: Sequence[Step], options: Options = CPU
 ) -> tuple[Operator, ...]:
     """The operators of several steps together, such as the chunks of a prompt: weights are read in each."""
-    made = (_of_step(architecture, weights, storage, step, options) for step in steps)
-    return _merged(op for ops in made for op in ops)
+    alike = Counter((step.new_tokens, step.logits_tokens, step.batch) for step in steps)
+    found: list[Operator] = []
+    for step in steps:
+        # What does not look at the past is the same in all steps of these sizes: made once, counted as often.
+        repeats = alike.pop((step.new_tokens, step.logits_tokens, step.batch), 0)
+        found += _of_step(architecture, weights, storage, step, options, repeats)
+    return _merged(found)
 
 
 def _of_step(
-    architecture: Architecture, weights: Weights, storage: Storage, step: Step, options: Options
+    architecture: Architecture, weights: Weights, storage: Storage, step: Step, options: Options, repeats: int
 ) -> Iterator[Operator]:
+    """One step's operators; those that do not look at the past run `repeats` times, or are left out at 0."""
+    for block in weights.blocks if not repeats else ():
+        yield from (_times(op, block.count) for op in _past(block, storage, step, options))
+    if not repeats:
+        return
     rows, width = step.batch * step.new_tokens, storage.activation_bits
     written = rows * architecture.hidden * width // 8
-    yield Operator("embedding", Kind.EMBEDDING, 1, 0, rows * weights.row_nbytes, written, 0, 1, 0, rows)
+    table = Operator("embedding", Kind.EMBEDDING, 1, 0, rows * weights.row_nbytes, written, 0, 1, 0, rows)
+    yield _times(table, repeats)
     if options.small_launches:
-        yield Operator("inputs", Kind.ELEMENTWISE, 1, 0, launches=options.small_launches, tokens=rows)
+        yield Operator("inputs", Kind.ELEMENTWISE, repeats, 0, launches=options.small_launches, tokens=rows)
     joins_qkv = options.fused_qkv and all(_joinable(_named(block.matrices, _QKV)) for block in weights.blocks)
     for block in weights.blocks:
-        for op in _block(block, architecture.hidden, storage, step, options, joins_qkv=joins_qkv):
-            yield _times(op, block.count)
-    if architecture.last_norm or architecture.layers[-1].norms:
+        matrices = _joined(block.matrices, block.layer, options, joins_qkv=joins_qkv)
+        before, after = _around(block.layer, matrices, architecture.hidden, rows, storage, options)
+        yield from (_times(op, repeats * block.count) for op in before)
+        yield from (_times(op, block.count) for op in _past(block, storage, step, options))
+        yield from (_times(op, repeats * block.count) for op in after)
+    if architecture.layers[-1].norms:
         norm_nbytes = architecture.last_norm * storage.float_bits // 8
-        yield _norm("norm", rows * architecture.hidden, norm_nbytes, width, rows)
+        yield _times(_norm("norm", rows * architecture.hidden, norm_nbytes, width, rows), repeats)
     if step.logits_tokens:
-        yield from _linear(weights.head, step.batch * step.logits_tokens, storage, options, width)
+        head = _linear(weights.head, step.batch * step.logits_tokens, storage, options)
+        yield from (_times(op, repeats) for op in head)
 
 
-def _block(
-    block: Block, hidden: int, storage: Storage, step: Step, options: Options, *, joins_qkv: bool
-) -> Iterator[Operator]:
-    """The operators of one layer."""
-    layer, width, rows = block.layer, storage.activation_bits, step.batch * step.new_tokens
-    matrices = _joined(block.matrices, layer, options, joins_qkv=joins_qkv)
-    seen = step.batch * read_tokens(step, layer.window)  # latent vectors that are expanded
-    before_mlp = [matrix for matrix in matrices if _is_attention(matrix)]
-    yield from _norms(layer, hidden, rows, storage, options)
-    for matrix in before_mlp[:-1]:
-        expanded = matrix.name == "kv_b_proj" and not is_absorbed(layer, step, options)
-        yield from _linear(matrix, seen if expanded else rows, storage, options, width)
-    yield from _head_norms(layer, rows, storage, options, split=joins_qkv)
+def _around(
+    layer: Layer, matrices: Sequence[Matrix], hidden: int, rows: int, storage: Storage, options: Options
+) -> tuple[list[Operator], list[Operator]]:
+    """A layer's operators before and after those that look at the past."""
+    inside = [matrix for matrix in matrices if _is_attention(matrix) and matrix.name != _LATENT]
+    before = list(_norms(layer, hidden, rows, storage, options))
+    before += [op for matrix in inside[:-1] for op in _linear(matrix, rows, storage, options)]
+    split = any(matrix.name == "qkv_proj" for matrix in inside)
+    before += _head_norms(layer, rows, storage, options, split=split)
+    after = [*_linear(inside[-1], rows, storage, options)]
+    outside = [matrix for matrix in matrices if not _is_attention(matrix)]
+    return before, [*after, *_mlp(layer, outside, hidden, rows, storage, options)]
+
+
+def _past(block: Block, storage: Storage, step: Step, options: Options) -> Iterator[Operator]:
+    """A layer's operators that look at the past: attention, and what expands latent vectors."""
+    layer = block.layer
+    for matrix in block.matrices:
+        if matrix.name == _LATENT:
+            seen = step.new_tokens if is_absorbed(layer, step, options) else read_tokens(step, layer.window)
+            yield from _linear(matrix, step.batch * seen, storage, options)
     yield from attention(layer, storage, step, options)
-    yield from _linear(before_mlp[-1], rows, storage, options, width)
-    yield from _mlp(layer, [m for m in matrices if not _is_attention(m)], hidden, rows, storage, options)
 
 
 def _mlp(
@@ -117,8 +142,8 @@ def _mlp(
         if matrix.name.endswith("down_proj"):
             inner = rows * matrix.k * (matrix.active if matrix.experts else 1)
             joined = any(_prefix(m) == _prefix(matrix) and m.name.endswith("gate_up_proj") for m in matrices)
-            yield from _activation(matrix, inner, joined and not layer.fused, layer.gated, width, options)
-        yield from _linear(matrix, rows, storage, options, width)
+            yield from _activation(matrix, inner, joined, layer.gated, width, options)
+        yield from _linear(matrix, rows, storage, options)
         if matrix.name == "router" and experts is not None:
             mixed = rows * experts.active * hidden
             moved = (rows * experts.count + mixed + rows * hidden) * width // 8
@@ -127,17 +152,18 @@ def _mlp(
             yield Operator("routing", Kind.ELEMENTWISE, 1, flops, 0, moved, 0, launches, 0, rows)
 
 
-def _linear(matrix: Matrix, rows: int, storage: Storage, options: Options, width: int) -> Iterator[Operator]:
+def _linear(matrix: Matrix, rows: int, storage: Storage, options: Options) -> Iterator[Operator]:
     """A product and the branch beside it."""
-    n, k, runs, read = matrix.n, matrix.k, rows, 1.0
+    n, k, runs, read, width = matrix.n, matrix.k, rows, 1.0, storage.activation_bits
     if matrix.experts:
         runs, read = rows * matrix.active, unique_experts(matrix.experts, matrix.active, rows, options.skew)
     flops, packed_weights = 2 * runs * n * k, matrix.format.group > 0
     if options.unpacking and packed_weights:
         flops += round(read * 2 * n * k)
-    first = not matrix.name.endswith("down_proj") or not options.fused_experts
-    launches = 1 if not matrix.experts or first else 0
-    launches += bool(matrix.bias_nbytes) and not options.fused_bias and not matrix.experts
+    if matrix.experts:  # one operator for all of them, or products expert by expert
+        launches = int(matrix.name in _FIRST) if options.fused_experts else math.ceil(read)
+    else:
+        launches = 1 + (matrix.bias_nbytes > 0 and not options.fused_bias)
     kind = Kind.EXPERTS if matrix.experts else Kind.LINEAR
     nbytes, moved = round(read * (matrix.nbytes + matrix.bias_nbytes)), runs * (k + n) * width // 8
     yield Operator(matrix.name, kind, 1, flops, nbytes, moved, 0, launches, matrix.bits, rows)
@@ -156,11 +182,8 @@ def _norm(name: str, elements: int, weight_nbytes: int, width: int, rows: int, l
 
 def _norms(layer: Layer, hidden: int, rows: int, storage: Storage, options: Options) -> Iterator[Operator]:
     """A layer's norms and its two residuals, joined where options say so."""
-    width, elements, weights = (
-        storage.activation_bits,
-        rows * hidden,
-        layer.norm_terms * hidden * storage.float_bits // 8,
-    )
+    width, elements = storage.activation_bits, rows * hidden
+    weights = layer.norm_terms * hidden * storage.float_bits // 8
     joined = min(2, layer.norms) if options.fused_norm else 0
     if joined:
         both = Operator("residual and norm", Kind.NORM, 1, 5 * elements, weights, elements * width // 2, 0, 1, 0, rows)
@@ -181,7 +204,7 @@ def _head_norms(layer: Layer, rows: int, storage: Storage, options: Options, *, 
                 yield _norm("latent norm", rows * elements, elements * storage.float_bits // 8, width, rows)
     if not layer.qk_norm or options.fused_qk_norm:
         return
-    if split and not layer.fused:
+    if split:
         moved = 2 * rows * (layer.heads + 2 * layer.kv_heads) * size * width // 8
         yield Operator("split", Kind.ELEMENTWISE, 1, 0, 0, moved, 0, 1, 0, rows)
     for heads in (layer.heads, layer.kv_heads):

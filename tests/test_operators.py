@@ -34,6 +34,7 @@ from rlkit.profiles.operators import (
     weigh,
 )
 from rlkit.recover import recipe
+from rlkit.recover.ggufheader import TYPES
 from rlkit.recover.recipe import Recipe, Rule, Scheme
 from shapes import QWEN3_4B as QWEN3_4B_SHAPE
 from shapes import SMOLLM2_135M as SMOLLM2_SHAPE
@@ -111,6 +112,12 @@ def test_weight_bytes_with_lm_head_left_at_sixteen_bits() -> None:
 def test_bits_per_weight(found: Format, bits: float) -> None:
     assert found.bits_per_weight == bits
     assert found.nbytes(7, 256) * 8 == 7 * 256 * bits
+
+
+def test_formats_of_gguf_files_take_what_their_blocks_take() -> None:
+    for name, block, nbytes in TYPES.values():
+        stored = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}.get(name, name)
+        assert format_named(stored).nbytes(3, 4 * 256) == 3 * 4 * 256 // block * nbytes
 
 
 def test_zero_points_are_packed_row_by_row_and_groups_are_whole() -> None:
@@ -238,6 +245,18 @@ def test_chunks_read_weights_and_past_again() -> None:
     assert total(four, Kind.LINEAR) - total(once, Kind.LINEAR) == 3 * 2 * 131_072_000
 
 
+@pytest.mark.parametrize("architecture", [LLAMA2_7B, GPT_OSS, DEEPSEEK], ids=lambda made: made.name)
+def test_steps_together_are_the_sum_of_steps_alone(architecture: Architecture) -> None:
+    steps = (*prefill_steps(700, 200), Step(1, 700), Step(1, 701), Step(200, 0, 1, batch=2))
+    weights = weigh(architecture, None, HALF)
+    alone = [op for step in steps for op in operators(architecture, weights, HALF, step)]
+    together = operators_of(architecture, weights, HALF, steps)
+    for field in ("flops", "weight_nbytes", "activation_nbytes", "kv_nbytes", "launches"):
+        sums = [sum(op.count * getattr(op, field) for op in ops) for ops in (alone, together)]
+        assert sums[0] == sums[1]
+    assert operators_of(architecture, weights, HALF, ()) == ()
+
+
 def test_the_last_chunk_is_what_is_left() -> None:
     assert [step.new_tokens for step in prefill_steps(1000, 300)] == [300, 300, 300, 100]
     everything = prefill_steps(10, 4, past_tokens=5, all_logits=True, batch=2)
@@ -309,6 +328,16 @@ def test_experts_weights_are_read_once_for_all_tokens_that_share_them() -> None:
     assert read(Step(16), skew=1.0) < read(Step(16))
     (down,) = [op for op in counted(GPT_OSS, Step(16)) if op.name == "experts.down_proj"]
     assert down.flops == 2 * 16 * 4 * 2880 * 2880
+
+
+def test_experts_are_one_operator_or_products_expert_by_expert() -> None:
+    def launches(step: Step, **changes: bool) -> int:
+        ops = counted(GPT_OSS, step, dataclasses.replace(Options(), **changes))
+        return sum(op.count * op.launches for op in ops if op.kind is Kind.EXPERTS)
+
+    assert launches(Step(1)) == launches(Step(1), fused_gate_up=False) == 24
+    assert launches(Step(1), fused_experts=False) == 24 * 2 * 4
+    assert launches(Step(64), fused_experts=False, fused_gate_up=False) == 24 * 3 * 32
 
 
 def test_latent_attention_caches_one_vector() -> None:
