@@ -62,10 +62,19 @@ def export_bundle(
         made = skeleton.make_skeleton(store, plan.target, builder_options, Path(scratch), tell)
         _finish_graph(made.model, store, plan, request, model.path)
         slots = _adapter_inputs(made.model, peft)
-        findings = _write(made.model, work, plan, request, tell)
+        findings, digest = _write(made.model, work, plan, request, tell)
         files = [adapter_files.write_adapter(work, name, low_ranks, slots) for name, low_ranks in peft.items()]
-        tensors = [tensor.to_json() for tensor in graph.stored_tensors(made.model)]
-        parts = bundle.Parts(work, made, model, store, tensors, [file.to_json() for file in files], findings, out.name)
+        parts = bundle.Parts(
+            work=work,
+            skeleton=made,
+            source=model,
+            store=store,
+            tensors=[tensor.to_json() for tensor in graph.stored_tensors(made.model)],
+            adapters=[file.to_json() for file in files],
+            findings=findings,
+            name=out.name,
+            digests={f"{bundle.MODEL}{write.DATA_SUFFIX}": digest},
+        )
         bundle.finish(parts, settings, measure=measure, tell=tell)
     return out
 
@@ -138,9 +147,12 @@ def _file_adapters(source: Source, request: Request) -> dict[str, Path]:
     return {**own, **request.adapter_files}
 
 
-def _write(model: ir.Model, work: Path, plan: Plan, request: Request, tell: Tell) -> int:
-    """The graph and its constants, then the same with the last token's logits only; how many nodes lint faults."""
-    write.write(model, work / bundle.MODEL, tell=tell)
+def _write(model: ir.Model, work: Path, plan: Plan, request: Request, tell: Tell) -> tuple[int, str]:
+    """The graph and its constants, then the same with the last token's logits only.
+
+    Returns how many nodes lint faults, and the SHA-256 of the constants.
+    """
+    digest = write.write(model, work / bundle.MODEL, tell=tell)
     if request.logits == "last":
         write.write_graph(model, work / bundle.ALL_LOGITS)
         passes.keep_last_logits(model)
@@ -151,7 +163,7 @@ def _write(model: ir.Model, work: Path, plan: Plan, request: Request, tell: Tell
         first = findings[0]
         why = f"{len(findings)} nodes would run slowly or not at all, first {first.node}: {first.reason}; {first.fix}"
         raise ValueError(f"{why}; --allow-slow ships it all the same")
-    return len(findings)
+    return len(findings), digest
 
 
 def _refuse_foreign(out: Path) -> None:

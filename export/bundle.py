@@ -78,6 +78,7 @@ class Parts:
     adapters: list[dict[str, Any]]
     findings: int  # of lint
     name: str  # of the folder when it is complete
+    digests: dict[str, str]  # SHA-256 of files where it is known already
 
 
 def finish(parts: Parts, settings: Settings, *, measure: Measure | None = None, tell: Tell = silent) -> None:
@@ -103,7 +104,8 @@ def finish(parts: Parts, settings: Settings, *, measure: Measure | None = None, 
     elif (parts.source.path / RECIPE).is_file():
         shutil.copy(parts.source.path / RECIPE, parts.work / RECIPE)
     files = sorted(file for file in parts.work.rglob("*") if file.is_file())
-    hashes = {file.relative_to(parts.work).as_posix(): sha256(file) for file in files}
+    names = {file.relative_to(parts.work).as_posix(): file for file in files}
+    hashes = {name: parts.digests.get(name) or sha256(file) for name, file in names.items()}
     manifest = _manifest(parts, settings)
     _write_manifest(parts.work, manifest, hashes)
     tell(Progress("bundle", 1, 1))

@@ -6,6 +6,8 @@ shape inference sees them. A second graph over the same constants is a few hundr
 
 from __future__ import annotations
 
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,21 +20,25 @@ PAGED_FROM = 1 << 20  # smaller constants are copied anyway
 INLINE_UP_TO = 256  # bytes
 
 
-def write(model: ir.Model, path: Path, *, tell: Tell = silent) -> None:
-    """Write `path` and, beside it, all constants in `path` + .data; afterwards they are mapped from there."""
+def write(model: ir.Model, path: Path, *, tell: Tell = silent) -> str:
+    """Write `path` and, beside it, all constants in `path` + .data; afterwards they are mapped from there.
+
+    Returns the SHA-256 of the data file, which is taken while the next constant is loaded and written.
+    """
     data = path.with_name(path.name + DATA_SUFFIX)
     values = list(_in_order(model))
     done, total = 0, sum(_nbytes(value) for value in values)
-    with data.open("wb") as file:
+    with data.open("wb") as file, _Digest() as digest:
         for value in values:
             tensor = value.const_value
             assert tensor is not None
             if tensor.nbytes <= INLINE_UP_TO:
                 continue
             raw = tensor.tobytes()
-            if len(raw) >= PAGED_FROM:
-                file.write(b"\0" * (-file.tell() % PAGE))
+            padding = b"\0" * (-file.tell() % PAGE) if len(raw) >= PAGED_FROM else b""
+            file.write(padding)
             start = file.tell()
+            digest.add(padding, raw)
             file.write(raw)
             value.const_value = ir.ExternalTensor(
                 data.name,
@@ -48,6 +54,35 @@ def write(model: ir.Model, path: Path, *, tell: Tell = silent) -> None:
             tell(Progress("write", done, total))
     tell(Progress("write", total, total))
     write_graph(model, path)
+    return digest.hex
+
+
+class _Digest:
+    """SHA-256 in a thread of its own, at most one constant behind."""
+
+    def __init__(self) -> None:
+        self._sum = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Digest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def add(self, *parts: bytes) -> None:
+        if self._last is not None:
+            self._last.result()  # so that no more than two constants are in memory
+        self._last = self._pool.submit(self._update, parts)
+
+    def _update(self, parts: tuple[bytes, ...]) -> None:
+        for part in parts:
+            self._sum.update(part)
+
+    @property
+    def hex(self) -> str:
+        return self._sum.hexdigest()
 
 
 def write_graph(model: ir.Model, path: Path) -> None:
