@@ -89,6 +89,7 @@ def load(extra: Path | None = None) -> dict[str, Device]:
             own, own_tables = devicefile.read(here_path())
             if list(own) != [HERE]:
                 raise ValueError(f"{here_path()} holds {', '.join(own) or 'nothing'}, not {HERE}")
+            _check_names(own, devices, str(here_path()), reserved=())
         except ValueError as error:
             raise ValueError(f"{error}; run `rlkit calibrate` again, or delete that file") from error
         devices |= own
@@ -137,10 +138,12 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s._+-]+", "", name.lower())
 
 
-def _check_names(new: Mapping[str, Device], old: Mapping[str, Device], where: str) -> None:
+def _check_names(
+    new: Mapping[str, Device], old: Mapping[str, Device], where: str, reserved: tuple[str, ...] = (HERE,)
+) -> None:
     """No name may mean two devices."""
     taken = {_plain(each): device.name for device in old.values() for each in _names(device)}
-    taken.setdefault(HERE, "this machine as calibrated")
+    taken = dict.fromkeys(reserved, "this machine as calibrated") | taken
     for device in new.values():
         for each in dict.fromkeys(_plain(name) for name in _names(device)):
             if each in taken:

@@ -75,12 +75,23 @@ def parse(
     """As `read`, from text."""
     try:
         table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also integers of more digits than Python reads
+    except ValueError as error:  # also integers of more digits than Python reads
         raise ValueError(f"{where} is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply for a file of devices") from error
     reader = _Reader(where)
+    try:
+        return _devices(reader, table, bases or {})
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply for a file of devices") from error
+
+
+def _devices(
+    reader: _Reader, table: dict[str, Any], bases: Mapping[str, Any]
+) -> tuple[dict[str, Device], dict[str, Any]]:
     version = table.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
-        found = "is missing" if version is None else f"= {version!r}"
+        found = "is missing" if version is None else f"= {_said(version)}"
         reader.fail("schema_version", f"{found}; this rlkit reads version {SCHEMA_VERSION}")
     sources = reader.texts(table.get("sources", {}), "sources")
     date = reader.text(table, "date", "", default="")
@@ -89,7 +100,7 @@ def parse(
         if not isinstance(item, dict):
             reader.fail(name, f"unknown key; a device is a table [{name}], and beside them are {', '.join(HEAD)}")
     filled = {name: _filled(item, sources, date) for name, item in tables.items()}
-    whole = {name: _inherited(reader, name, filled, bases or {}, ()) for name in filled}
+    whole = {name: _inherited(reader, name, filled, bases, ()) for name in filled}
     return {name: _device(reader, name, item) for name, item in whole.items()}, whole
 
 
@@ -118,7 +129,7 @@ def _inherited(
         reader.fail(f"{seen[0]}.like", f"goes in a circle: {' -> '.join((*seen, name))}; break it")
     own = isinstance(like, str) and like in tables and (like != name or name not in bases)
     if not isinstance(like, str) or (not own and like not in bases):
-        reader.fail(f"{name}.like", f"= {like!r} is no device here; known are {', '.join((*bases, *tables))}")
+        reader.fail(f"{name}.like", f"= {_said(like)} is no device here; known are {', '.join((*bases, *tables))}")
     base = _inherited(reader, like, tables, bases, (*seen, name)) if own else bases[like]
     kept = {key: part for key, part in base.items() if key not in ("aliases", "like", "calibrated")}
     return _merged(kept, {key: part for key, part in table.items() if key != "like"})
@@ -138,12 +149,12 @@ def _device(reader: _Reader, name: str, table: dict[str, Any]) -> Device:
     memories = reader.tables(table, "memory", name)
     installed = table.get("installed_nbytes")
     if installed is not None and (type(installed) is not int or not 10**6 <= installed <= 10**15):
-        reader.fail(f"{name}.installed_nbytes", f"= {installed!r} is no number of bytes that a memory has")
+        reader.fail(f"{name}.installed_nbytes", f"= {_said(installed)} is no number of bytes that a memory has")
     if type(table.get("calibrated", False)) is not bool:
         reader.fail(f"{name}.calibrated", "is true or false")
     aliases = table.get("aliases", [])
     if not isinstance(aliases, list) or not all(isinstance(alias, str) and alias.strip() for alias in aliases):
-        reader.fail(f"{name}.aliases", f'= {aliases!r} is no list of names; write ["..."]')
+        reader.fail(f"{name}.aliases", f'= {_said(aliases)} is no list of names; write ["..."]')
     return reader.make(
         Device,
         name,
@@ -206,10 +217,10 @@ def _made_value(reader: _Reader, key: str, table: Any) -> Value:
     words = {name: reader.text(table, name, key) for name in ("unit", "basis", "source", "date")}
     unit = words.pop("unit")
     if unit not in _SCALES:
-        reader.fail(f"{key}.unit", f"= {unit!r} is not known; use TFLOP/s, TOP/s, GB/s, us, W or GB")
+        reader.fail(f"{key}.unit", f"= {_said(unit)} is not known; use TFLOP/s, TOP/s, GB/s, us, W or GB")
     value = table["value"]
     if type(value) not in (int, float) or abs(value) > 1e30:  # NaN is Value's to refuse
-        reader.fail(f"{key}.value", f"= {str(value)[:40]!r} is no number of this world; leave out what is not known")
+        reader.fail(f"{key}.value", f"= {_said(value)} is no number of this world; leave out what is not known")
     if type(table.get("unverified", False)) is not bool:
         reader.fail(f"{key}.unverified", "is true or false")
     base, scale = _SCALES[unit]
@@ -242,7 +253,7 @@ class _Reader:
 
     def known(self, table: Any, keys: tuple[str, ...], key: str, *, complete: bool = False) -> None:
         if not isinstance(table, dict):
-            self.fail(key, f"= {table!r} is no table")
+            self.fail(key, f"= {_said(table)} is no table")
         for name in table:
             if name not in keys:
                 self.fail(f"{key}.{name}", f"is an unknown key; known here: {', '.join(keys)}")
@@ -253,25 +264,34 @@ class _Reader:
     def text(self, table: dict[str, Any], name: str, key: str, default: str | None = None) -> str:
         found = table.get(name, default)
         if not isinstance(found, str) or not found.isprintable():
-            self.fail(f"{key}.{name}".lstrip("."), f"= {found!r} is no line of text")
+            self.fail(f"{key}.{name}".lstrip("."), f"= {_said(found)} is no line of text")
         return found
 
     def texts(self, table: Any, key: str) -> dict[str, str]:
         if not isinstance(table, dict):
-            self.fail(key, f"= {table!r} is no table of texts")
+            self.fail(key, f"= {_said(table)} is no table of texts")
         return {name: self.text(table, name, key) for name in table}
 
     def table(self, table: dict[str, Any], name: str, key: str) -> dict[str, Any]:
         found = table.get(name, {})
         if not isinstance(found, dict):
-            self.fail(f"{key}.{name}", f"= {found!r} is no table")
+            self.fail(f"{key}.{name}", f"= {_said(found)} is no table")
         return found
 
     def tables(self, table: dict[str, Any], name: str, key: str) -> list[dict[str, Any]]:
         found = table.get(name, [])
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-            self.fail(f"{key}.{name}", f"= {found!r} is no list of tables")
+            self.fail(f"{key}.{name}", f"= {_said(found)} is no list of tables")
         return found
+
+
+def _said(found: object) -> str:
+    """What was found, short enough for a line."""
+    try:
+        text = repr(found)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a very long number"
+    return text if len(text) <= 60 else f"{text[:56]} ..."
 
 
 def to_table(device: Device) -> dict[str, Any]:

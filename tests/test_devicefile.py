@@ -71,7 +71,15 @@ def test_this_machine_is_found_once_it_is_measured() -> None:
     assert list(device.load()) == [*BUILT_IN, "here"]
 
 
-@pytest.mark.parametrize("text", ["schema_version = 2", "{ damaged", PLAIN])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "schema_version = 2",
+        "{ damaged",
+        PLAIN,
+        PLAIN.replace("laptop", "here").replace("title", 'aliases = ["h100"]\ntitle'),
+    ],
+)
 def test_a_damaged_measurement_names_its_file_and_the_remedy(text: str) -> None:
     device.here_path().parent.mkdir(parents=True)
     device.here_path().write_text(text)
@@ -118,6 +126,15 @@ VALUE = f'bandwidth = {{ value = 50, unit = "GB/s", {QUOTED}'
 BROKEN = {
     "no TOML": ("[laptop", "is not valid TOML"),
     "an endless number": (f"schema_version = {'1' * 5000}", "is not valid TOML"),
+    "depth": (f"schema_version = 1\n[{'.'.join('a' * 3000)}]", "nested too deeply"),
+    "depth of lists": (f"schema_version = 1\na = {'[' * 3000}", "nested too deeply|not valid TOML"),
+    "a chain": (
+        "schema_version = 1\n" + "".join(f'[a{i}]\nlike = "a{i + 1}"\n' for i in range(3000)) + "[a3000]",
+        "nested too deeply",
+    ),
+    "sources": (PLAIN.replace("[laptop]", "sources = 3\n[laptop]", 1), "sources = 3 is no table of texts"),
+    "a source": (PLAIN.replace("[laptop]", "sources.a = 3\n[laptop]", 1), r"sources\.a = 3 is no line of text"),
+    "head date": (PLAIN.replace("[laptop]", "date = 2026\n[laptop]", 1), "date = 2026 is no line of text"),
     "no version": (PLAIN.replace("schema_version = 1", ""), "schema_version is missing; this rlkit reads version 1"),
     "another version": (PLAIN.replace("version = 1", "version = 2"), "schema_version = 2; this rlkit reads"),
     "version true": (PLAIN.replace("version = 1", "version = true"), "schema_version = True"),
@@ -145,8 +162,8 @@ BROKEN = {
     "zero": (PLAIN.replace("value = 400,", "value = 0,"), r"cpu\.peaks\.fp32: value = 0 FLOP/s is outside"),
     "endless": (PLAIN.replace("value = 50,", f"value = 1{'0' * 400},"), r"cpu\.bandwidth\.value = .* is no number"),
     "NaN": (PLAIN.replace("value = 50,", "value = nan,"), r"cpu\.bandwidth: value = nan is no finite number"),
-    "infinite": (PLAIN.replace("value = 50,", "value = inf,"), r"cpu\.bandwidth\.value = 'inf' is no number"),
-    "true": (PLAIN.replace("value = 50,", "value = true,"), r"cpu\.bandwidth\.value = 'True' is no number"),
+    "infinite": (PLAIN.replace("value = 50,", "value = inf,"), r"cpu\.bandwidth\.value = inf is no number"),
+    "true": (PLAIN.replace("value = 50,", "value = true,"), r"cpu\.bandwidth\.value = True is no number"),
     "text": (PLAIN.replace("value = 50,", 'value = "50",'), r"cpu\.bandwidth\.value = '50' is no number"),
     "no source": (PLAIN.replace('source = "own run", ', ""), r"cpu\.bandwidth\.source is missing"),
     "empty source": (PLAIN.replace("own run", " "), r"cpu\.bandwidth: source is empty"),
