@@ -49,7 +49,7 @@ COMMANDS = {
     "push": Command("rlkit.apps.publish:push", "Upload a bundle to the hub.", "Make"),
     "run": Command("rlkit.apps.talk:run", "Complete or answer one prompt.", "Use"),
     "chat": Command("rlkit.apps.talk:chat", "Talk with a bundle in the terminal.", "Use"),
-    "bench": Command("rlkit.apps.speed:bench", "Measure time to first token, tokens/s and memory.", "Know"),
+    "bench": Command("rlkit.apps.measure:bench", "Measure time to first token, tokens/s and memory.", "Know"),
     "forecast": Command("rlkit.apps.speed:forecast", "Forecast the speed from the model's shape.", "Know"),
 }
 

@@ -185,7 +185,9 @@ def _machine(out: Path, _tell: Tell) -> None:
 def _bench(out: Path, tell: Tell) -> None:
     from rlkit.profiles import bench, worker
 
-    work = bench.Plan((PROMPT_TOKENS,), NEW_TOKENS, repeats=7)
+    prefill, decode = bench.Kind.PREFILL, bench.Kind.DECODE
+    tests = bench.Case(prefill, PROMPT_TOKENS), bench.Case(decode, NEW_TOKENS, depth=PROMPT_TOKENS)
+    work = bench.Plan(tests, repeats=7, warm_ups=2)
     bundles = [bundle_of(out, recipe) for recipe in RECIPES]
     found = worker.measure_bundles(bundles, work, worker.Setting(), tell)
     write_json(out / "bench.json", [measurement.to_json() for measurement in found])

@@ -40,7 +40,8 @@ def assemble(out: Path, names: Sequence[str], *, text: str, command: str) -> rep
     measured = [bench.Measurement.from_json(row) for row in _read(out / "bench.json")]
     machine = Machine.from_json(read_json(out / "machine.json"))
     sizes = [read_size(bundle) for bundle in bundles]
-    work = Workload(measured[0].timings[0].prompt_tokens, measured[0].timings[0].new_tokens, all_logits=True)
+    timed = measured[0].timing()
+    work = Workload(timed.prompt_tokens, timed.new_tokens, all_logits=True)
     forecasts = [
         forecast(size.shape, recipes.load(bundle / "recipe.toml"), Peaks.of(machine), work).roofline
         for size, bundle in zip(sizes, bundles, strict=True)

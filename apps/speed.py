@@ -1,26 +1,18 @@
-"""The commands about speed: `bench` measures bundles, `forecast` says what a model's shape promises."""
+"""The command `forecast`: what a model's shape promises."""
 
 from __future__ import annotations
 
-import datetime
-import statistics
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rlkit.apps import console
-from rlkit.profiles import bench as benchmark
 from rlkit.profiles import forecast as forecasting
-from rlkit.profiles import worker
-from rlkit.profiles.bundle import BundleSize, read_size
 from rlkit.profiles.machine import measure_machine
 from rlkit.profiles.render import TIMING_COLUMNS, timing_cells
 from rlkit.recover import recipe as recipes
 from rlkit.recover import source
-from rlkit.recover.atomic import write_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 DEFAULT_RECIPE = "w4w2-gateup"
@@ -30,79 +22,6 @@ FORMULAS = (
     "LIFE (arXiv 2508.00904): first token = the larger of both totals; per token = bytes / bandwidth",
     "bytes/bandwidth: weights and cache alone, the baseline with one parameter",
 )
-
-
-def bench(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders; several are measured in turns.")],
-    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths, with commas between.")] = "64,256",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each prompt.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Measured rounds of each length, after two warm-ups.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Threads; left out, what each bundle says.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
-    json: Json = False,
-) -> None:
-    """Measure time to first token, time per token and peak memory of bundles, each in a process of its own.
-
-    pp64: a prompt of 64 tokens up to the first new one. tg64 @ d64: the tokens after it. GB/s: weights and cache read
-    per token, over its time. Prompts are random and new in every round.
-
-    Example: rlkit bench rlkit-demo/w4 rlkit-demo/w4w2 --prompt-tokens 64,256
-    """
-    plan = benchmark.Plan(_lengths(prompt_tokens), new_tokens, repeats)
-    sizes = [read_size(bundle) for bundle in bundles]
-    setting = worker.Setting(threads=threads)
-    with console.progress(quiet=json) as tell:
-        found = worker.measure_bundles(bundles, plan, setting, tell)
-    ratios = benchmark.ratios(found)
-    result = {
-        "schema_version": 1,
-        "date": datetime.date.today().isoformat(),
-        "threads": threads,
-        "versions": {name: version(name) for name in ("rlkit-edge", "onnxruntime", "onnxruntime-genai")},
-        "measurements": [measured.to_json() for measured in found],
-        "ratios": [
-            {"name": r.name, "against": r.against, "prompt_tokens": r.prompt_tokens, "ttft": r.ttft, "tpot": r.tpot}
-            for r in ratios
-        ],
-    }
-    if output is not None:
-        write_json(output, result)
-    if json:
-        console.emit_json(result)
-        return
-    columns = ("bundle", "recipe", "MB", "bits/w", "threads", "test", "tokens/s", "ms", "GB/s", "peak MB")
-    console.table(columns, [row for pair in zip(found, sizes, strict=True) for row in bench_rows(*pair)])
-    for ratio in ratios:
-        about = f"{ratio.name} against {ratio.against}, {ratio.prompt_tokens} prompt tokens"
-        console.emit(f"{about}: first token {ratio.ttft:.2f} times the time, each later token {ratio.tpot:.2f} times")
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"--prompt-tokens {text!r} are no lengths; write numbers such as 64,256") from error
-
-
-def bench_rows(measured: benchmark.Measurement, size: BundleSize) -> list[tuple[str, ...]]:
-    """Two rows per prompt length, prefill and decode: tokens/s as mean and standard deviation, ms as median."""
-    rows: list[tuple[str, ...]] = []
-    stored = f"{size.nbytes / 1e6:.1f}", f"{size.bits_per_weight:.2f}"
-    about = (measured.name, size.recipe, *stored, str(measured.threads or ""))
-    for timing, rounds in zip(measured.timings, measured.rounds, strict=True):
-        prefill = [timing.prompt_tokens / r.ttft_seconds for r in rounds]
-        decode = [1.0 / r.tpot_seconds for r in rounds]
-        rate = "" if timing.bytes_per_s is None else f"{timing.bytes_per_s / 1e9:.1f}"
-        peak = "" if timing.peak_nbytes is None else f"{timing.peak_nbytes / 1e6:.0f}"
-        name = f"tg{timing.new_tokens} @ d{timing.prompt_tokens}"
-        rows.append((*about, f"pp{timing.prompt_tokens}", _mean(prefill), f"{1e3 * timing.ttft_seconds:.1f}", "", peak))
-        rows.append((*about, name, _mean(decode), f"{1e3 * timing.tpot_seconds:.2f}", rate, peak))
-    return rows
-
-
-def _mean(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.1f} ± {deviation:.1f}"
 
 
 def forecast(  # noqa: PLR0913, one parameter per option of the command

@@ -6,25 +6,15 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 
 from rlkit.profiles.divergence import Divergence
 from rlkit.profiles.report import BundleResult, Report, findings
+from rlkit.profiles.table import Table, escaped, markdown
 from rlkit.profiles.timing import Timing, milliseconds
 from rlkit.recover.atomic import write_json, write_text
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A title, column names, and rows of text; `note` says what the columns mean."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
 
 
 def tables(report: Report) -> tuple[Table, ...]:
@@ -133,29 +123,17 @@ def machine_text(report: Report) -> str:
 
 def to_markdown(report: Report) -> str:
     """The report as markdown, without plots."""
-    parts = [f"# {_cell(report.model)}", "\n".join(f"- {_cell(text)}" for text in findings(report))]
+    parts = [f"# {escaped(report.model)}", "\n".join(f"- {escaped(text)}" for text in findings(report))]
     for table in tables(report):
-        lines = [f"## {table.title}", "", _row(table.columns), _row(["---"] * len(table.columns))]
-        lines += [_row(row) for row in table.rows]
+        lines = [f"## {table.title}", "", markdown(table)]
         parts.append("\n".join([*lines, "", table.note] if table.note else lines))
     if report.chat:
         said = (report.chat.prompt, report.chat.reply)
-        quoted = "\n>\n".join("> " + _cell(text) for text in said)
-        parts.append(f"## {_cell(report.chat.bundle)} speaks\n\n{quoted}")
+        quoted = "\n>\n".join("> " + escaped(text) for text in said)
+        parts.append(f"## {escaped(report.chat.bundle)} speaks\n\n{quoted}")
     about = [machine_text(report), *report.provenance, _versions(report), f"{report.command}, {report.date}"]
-    parts.append("## How this was made\n\n" + "\n".join(f"- {_cell(text)}" for text in about if text))
+    parts.append("## How this was made\n\n" + "\n".join(f"- {escaped(text)}" for text in about if text))
     return "\n\n".join(parts) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-
-
-def _cell(text: str) -> str:
-    """Text that stays inside its cell and is not taken for markup."""
-    for mark in "\\`*_<>|[]#":
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
 
 
 def _versions(report: Report) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlkit.profiles.bench import Measurement, ratios
+from rlkit.profiles.bench import Kind, Measurement, ratios
 from rlkit.profiles.bundle import BundleSize
 from rlkit.profiles.divergence import Divergence
 from rlkit.profiles.machine import Machine
@@ -70,8 +70,9 @@ def bundle_results(
     forecasts: Sequence[Timing],
     accuracy: Sequence[Accuracy],
 ) -> tuple[BundleResult, ...]:
-    """Bundles measured together, in one order in every argument; the first prompt length is reported."""
-    slower = {ratio.name: ratio.tpot for ratio in reversed(ratios(measured))}  # reversed: the first length is kept
+    """Bundles measured together, in one order in every argument; the first prefill and decode are reported."""
+    decodes = [ratio for ratio in ratios(measured) if ratio.test.kind is Kind.DECODE]
+    slower = {ratio.name: ratio.time for ratio in reversed(decodes)}  # reversed: the first test is kept
     return tuple(
         BundleResult(
             name=timed.name,
@@ -82,7 +83,7 @@ def bundle_results(
             divergence=found.divergence,
             agreement=found.agreement,
             forecast=made,
-            measurement=timed.timings[0],
+            measurement=timed.timing(),
             tpot_ratio=slower.get(timed.name),
         )
         for size, timed, made, found in zip(sizes, measured, forecasts, accuracy, strict=True)

@@ -10,6 +10,8 @@ what a decode step at mean depth has to read: every weight once, and the KV cach
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -20,6 +22,44 @@ class Basis(StrEnum):
 
     FORECAST = "forecast"
     MEASURED = "measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Repeated measurements in four numbers; `std` is the sample's standard deviation, None of a single one."""
+
+    mean: float
+    std: float | None
+    p50: float
+    p95: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Of at least one value; ValueError of none."""
+        if not values:
+            raise ValueError("there is nothing to summarize; measure at least one round")
+        std = statistics.stdev(values) if len(values) > 1 else None
+        p95 = percentile(values, 95.0)
+        return cls(statistics.fmean(values), std, statistics.median(values), p95, len(values))
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of the mean."""
+        return None if self.std is None else self.std / self.count**0.5
+
+    def text(self, digits: int = 1) -> str:
+        """ "281.6 ± 0.4", without the second number where it is unknown."""
+        return f"{self.mean:.{digits}f}" + ("" if self.std is None else f" ± {self.std:.{digits}f}")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` percent lie, between two neighbours where it falls between them."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * share / 100.0
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
     python -m rlkit.profiles.worker BUNDLE DEVICE THREADS        (THREADS 0: as the bundle says)
 
-One JSON object per line: the worker says {"ready": true, "threads": n} once loaded, then answers {"prompt_ids": [...],
-"new_tokens": n} with {"seconds": [...]} and {"peak": true} with {"peak_nbytes": n}; {"error": text} says what went
-wrong. It ends when its input does.
+One JSON object per line: the worker says {"ready": true, "threads": n, "provider": name} once loaded, then answers
+{"fill": [...], "prompt": [...], "new_tokens": n, "room": n} (a `Work`) with {"seconds": [...]} and {"peak": true} with
+{"peak_nbytes": n}; {"error": text} says what went wrong. It ends when its input does.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlkit.profiles.bench import Generate, Measurement, Plan, Subject, measure
+from rlkit.profiles.bench import Generate, Measurement, Plan, Subject, Work, measure
 from rlkit.profiles.bundle import read_size
 from rlkit.recover.memory import peak_nbytes
 from rlkit.recover.progress import Tell, silent
 
 
-def answer(generate: Generate, lines: Iterable[str], say: Callable[[dict[str, Any]], None], threads: int = 0) -> None:
+def answer(
+    generate: Generate,
+    lines: Iterable[str],
+    say: Callable[[dict[str, Any]], None],
+    threads: int = 0,
+    provider: str = "cpu",
+) -> None:
     """Say that all is ready, then answer requests until there are no more."""
-    say({"ready": True, "threads": threads})
+    say({"ready": True, "threads": threads, "provider": provider})
     for line in lines:
         request = json.loads(line)
-        if "prompt_ids" in request:
-            say({"seconds": list(generate(request["prompt_ids"], request["new_tokens"]))})
+        if "prompt" in request:
+            say({"seconds": list(generate(Work(**request)))})
         else:
             say({"peak_nbytes": peak_nbytes()})
 
@@ -43,16 +49,18 @@ class Worker:
     def __init__(self, name: str, process: subprocess.Popen[str], errors: Path) -> None:
         self.name = name
         self.threads = 0
+        self.provider = ""
         self._process = process
         self._errors = errors
 
     def wait_ready(self) -> None:
         """Return once the bundle is loaded."""
-        self.threads = self._receive()["threads"]
+        said = self._receive()
+        self.threads, self.provider = said["threads"], said["provider"]
 
-    def generate(self, prompt_ids: list[int], new_tokens: int) -> Iterator[float]:
+    def generate(self, asked: Work) -> Iterator[float]:
         """Seconds of each token of one generation; they arrive together, so that pipes cost no time in between."""
-        yield from self._ask({"prompt_ids": prompt_ids, "new_tokens": new_tokens})["seconds"]
+        yield from self._ask(asdict(asked))["seconds"]
 
     def peak_nbytes(self) -> int | None:
         """Peak memory of the process so far."""
@@ -124,16 +132,17 @@ def measure_bundles(
         raise ValueError("there is nothing to measure; name at least one bundle")
     sizes = [read_size(bundle) for bundle in bundles]
     for bundle, size in zip(bundles, sizes, strict=True):
-        asked = max(plan.prompt_tokens) + plan.new_tokens
-        if asked > size.shape.max_context:
-            raise ValueError(f"{asked} tokens exceed the context of {bundle}, {size.shape.max_context}; ask for fewer")
+        if plan.room > size.shape.max_context:
+            why = f"{plan.room} tokens exceed the context of {bundle}, {size.shape.max_context}"
+            raise ValueError(f"{why}; ask for fewer, or for less depth")
     shared = replace(plan, vocab=min(size.shape.vocab for size in sizes))
     names = _names(bundles)
     with contextlib.ExitStack() as stack:
         subjects = []
         for name, bundle, size in zip(names, bundles, sizes, strict=True):
             worker = stack.enter_context(start(name, command(bundle, where.device, where.threads)))
-            subjects.append(Subject(name, worker.generate, worker.peak_nbytes, size.nbytes_at, worker.threads))
+            ends = worker.generate, worker.peak_nbytes, size.nbytes_at
+            subjects.append(Subject(name, *ends, worker.threads, worker.provider))
         return measure(subjects, shared, tell)
 
 
@@ -145,6 +154,7 @@ def _names(bundles: Sequence[Path]) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Load the bundle and answer requests on standard input."""
+    from rlkit.runtime.clocked import Clocked
     from rlkit.runtime.session import open_session
 
     # The runtime may print; only answers may reach the pipe, so everything else goes to standard error.
@@ -158,11 +168,12 @@ def main(argv: Sequence[str]) -> None:
     try:
         session = open_session(Path(bundle), device=device, threads=int(threads) or None)
 
-        def generate(prompt_ids: list[int], new_tokens: int) -> Iterator[float]:
-            tokens = session.generate(prompt_ids, new_tokens, ignore_stop=True)
-            return (token.seconds for token in tokens)
+        clocked = Clocked(session)
 
-        answer(generate, sys.stdin, say, session.threads)
+        def generate(asked: Work) -> Iterator[float]:
+            return clocked.generate(asked.fill, asked.prompt, asked.new_tokens, asked.room)
+
+        answer(generate, sys.stdin, say, session.threads, session.device)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:  # said in words already

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from rlkit.runtime.plain import ADAPTER_SUFFIX, SILENT, Plain, damaged, first_line, unfit
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda", "dml", "webgpu", "openvino", "qnn")  # as genai names the providers
 ADAPTERS = "adapters"
 SCHEMA_VERSION = 1  # of rlkit.json
 
@@ -71,8 +71,11 @@ class Sampling:
 class Session:
     """An open bundle; make one with `open_session`. Not for use by two threads at once."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], manifest: dict[str, Any], threads: int | None) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], manifest: dict[str, Any], threads: int | None, device: str = "cpu"
+    ) -> None:
         self._folder = folder
+        self.device = device
         self._config = config
         self._manifest = manifest
         options = dict(config["model"]["decoder"].get("session_options") or {})
@@ -97,6 +100,14 @@ class Session:
     def adapters(self) -> tuple[str, ...]:
         """The adapters in the bundle's folder now, by name."""
         return tuple(sorted(file.name.removesuffix(ADAPTER_SUFFIX) for file in self._adapter_files()))
+
+    def generator(self, room: int) -> Any:
+        """genai's own generator with a cache for `room` tokens; stop tokens are never chosen. For measuring."""
+        import onnxruntime_genai as og
+
+        params = og.GeneratorParams(self._model)
+        params.set_search_options(do_sample=False, max_length=room, min_length=room)
+        return og.Generator(self._model, params)
 
     def facts(self) -> dict[str, Any]:
         """What the bundle says of itself, without its long lists."""
@@ -258,11 +269,23 @@ class Session:
         try:
             config = og.Config(str(self._folder))
             config.overlay(json.dumps(settings))
-            config.clear_providers()  # a bundle for another device runs on this one too
+            if self.device == "cpu":
+                config.clear_providers()  # a bundle for another device runs on this one too
+            elif self.device not in self._providers():
+                config.clear_providers()
+                config.append_provider(self.device)
             model = og.Model(config)
             return model, og.Tokenizer(model)
         except Exception as error:  # the library raises bare RuntimeError and its own kinds
+            if self.device != "cpu":
+                why = f"{self._folder} cannot be opened on {self.device}: {first_line(error)}"
+                raise ValueError(f"{why}; leave the provider out to run it on the CPU") from error
             raise damaged(self._folder, error) from error
+
+    def _providers(self) -> set[str]:
+        """The providers that the bundle names, in genai's spelling made small."""
+        options = (self._config["model"]["decoder"].get("session_options") or {}).get("provider_options") or []
+        return {str(name).lower() for entry in options for name in entry}
 
 
 def open_session(bundle: Path, *, device: str = "cpu", threads: int | None = None) -> Session:
@@ -288,7 +311,7 @@ def open_session(bundle: Path, *, device: str = "cpu", threads: int | None = Non
     for name in (filename, "tokenizer.json"):
         if not (bundle / name).is_file():
             raise FileNotFoundError(f"{bundle} lacks {name}, so it is incomplete; export it again")
-    return Session(bundle, config, _manifest(bundle), threads)
+    return Session(bundle, config, _manifest(bundle), threads, device)
 
 
 def _manifest(bundle: Path) -> dict[str, Any]:

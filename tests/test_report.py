@@ -14,7 +14,7 @@ import pytest
 
 from reports import bundle, divergence, forecast, measured, report
 from rlkit.profiles import plots, render
-from rlkit.profiles.bench import Measurement, Round, summarize
+from rlkit.profiles.bench import Case, Kind, Measurement, Series
 from rlkit.profiles.bundle import BundleSize
 from rlkit.profiles.report import Accuracy, Report, Stage, bundle_results, findings, read_report, time_ratio
 from shapes import SMOLLM2_135M
@@ -169,9 +169,10 @@ def test_names_that_would_break_the_page_are_shown_as_they_are() -> None:
 
 def test_bundles_measured_together_become_results() -> None:
     names = ("w4", "w4w2-gateup")
-    rounds = ((Round(1.0, 0.10, 8), Round(1.0, 0.20, 8)), (Round(2.0, 0.15, 8), Round(2.0, 0.30, 8)))
+    rounds = (((0.1, 0.1), (0.2, 0.2)), ((0.15, 0.15), (0.3, 0.3)))
+    prefill, decodes = Case(Kind.PREFILL, 4), (Case(Kind.DECODE, 2, 4), Case(Kind.DECODE, 2, 9))
     timed = [
-        Measurement(name, (summarize(mine, 4), summarize(mine, 9)), (mine, mine))
+        Measurement(name, (Series(prefill, ((1.0,), (1.0,))), *(Series(decode, mine) for decode in decodes)))
         for name, mine in zip(names, rounds, strict=True)
     ]
     sizes = [
@@ -182,7 +183,7 @@ def test_bundles_measured_together_become_results() -> None:
     found = bundle_results(sizes, timed, made, [Accuracy(), Accuracy(agreement=divergence(0.01, 0.95, 50.0))])
     assert [result.name for result in found] == list(names)
     assert [result.tpot_ratio for result in found] == [None, pytest.approx(1.5)]
-    assert found[1].measurement == timed[1].timings[0] and found[1].forecast == made[1]
+    assert found[1].measurement == timed[1].timing() and found[1].forecast == made[1]
     assert found[1].nbytes == 2000 and found[1].lowest_bits == 2 and found[1].agreement is not None
 
 
