@@ -29,7 +29,8 @@ class Plain:
 
     def __init__(self, folder: Path, decoder: dict[str, Any], threads: int) -> None:
         self._folder, self._decoder = folder, decoder
-        self._session = self._open(threads)
+        whole = folder / ALL_LOGITS
+        self._session = open_graph(whole if whole.is_file() else folder / decoder["filename"], decoder, threads)
         self._adapters: dict[Path, Any] = {}
 
     def logits(self, ids: NDArray[np.int64], adapter: Path | None = None) -> NDArray[np.float32]:
@@ -66,14 +67,8 @@ class Plain:
 
     def _empty_past(self, value: Any, rows: int) -> NDArray[Any]:
         """A cache input that holds no token yet: (B, KV heads, 0, head size)."""
-        if value.type not in CACHE_TYPES or len(value.shape) != 4:
-            raise ValueError(
-                f"{self._folder} asks for {value.name} {value.type}, which rlkit cannot make; see rlkit inspect"
-            )
-        _, heads, _, size = value.shape  # names where the graph leaves them open
-        heads = heads if isinstance(heads, int) else self._decoder["num_key_value_heads"]
-        size = size if isinstance(size, int) else self._decoder["head_size"]
-        return np.zeros((rows, heads, 0, size), CACHE_TYPES[value.type])
+        heads, size, kind = cache_of(value, self._decoder, self._folder)
+        return np.zeros((rows, heads, 0, size), kind)
 
     def _run_options(self, adapter: Path) -> Any:
         import onnxruntime as ort
@@ -90,23 +85,37 @@ class Plain:
         options.add_active_adapter(self._adapters[adapter])
         return options
 
-    def _open(self, threads: int) -> Any:
-        import onnxruntime as ort
 
-        ort.disable_telemetry_events()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = SILENT
-        for key, value in (self._decoder.get("session_options") or {}).items():
-            if "." in key:  # genai passes such keys on as ORT's own config entries
-                options.add_session_config_entry(key, str(value))
-        path = self._folder / ALL_LOGITS
-        if not path.is_file():
-            path = self._folder / self._decoder["filename"]
-        try:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise damaged(self._folder, error) from error
+def cache_of(value: Any, decoder: dict[str, Any], folder: Path) -> tuple[int, int, Any]:
+    """KV heads, head size and type of a cache that a graph asks for; ValueError where it is none that we know."""
+    if value.type not in CACHE_TYPES or len(value.shape) != 4:
+        raise ValueError(f"{folder} asks for {value.name} {value.type}, which rlkit cannot make; see rlkit inspect")
+    _, heads, _, size = value.shape  # names where the graph leaves them open
+    heads = heads if isinstance(heads, int) else decoder["num_key_value_heads"]
+    size = size if isinstance(size, int) else decoder["head_size"]
+    return heads, size, CACHE_TYPES[value.type]
+
+
+def open_graph(path: Path, decoder: dict[str, Any], threads: int, profile: Path | None = None) -> Any:
+    """A plain session on the CPU with the options of a bundle; `profile` starts the file name of its profile.
+
+    Raises ValueError where the runtime cannot open it.
+    """
+    import onnxruntime as ort
+
+    ort.disable_telemetry_events()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = SILENT
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    for key, value in (decoder.get("session_options") or {}).items():
+        if "." in key:  # genai passes such keys on as ORT's own config entries
+            options.add_session_config_entry(key, str(value))
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise damaged(path.parent, error) from error
 
 
 def damaged(path: Path, error: Exception) -> ValueError:

@@ -78,8 +78,7 @@ class Session:
         self.device = device
         self._config = config
         self._manifest = manifest
-        options = dict(config["model"]["decoder"].get("session_options") or {})
-        self.threads: int = threads or _threads_here(options.get("intra_op_num_threads"), manifest)
+        self.threads: int = threads or threads_here(config, manifest)
         self._model, self._tokenizer = self._open()
         self._adapters: Any = None  # genai's, with those in self._loaded
         self._loaded: set[str] = set()
@@ -295,6 +294,15 @@ def open_session(bundle: Path, *, device: str = "cpu", threads: int | None = Non
     """
     if device not in DEVICES:
         raise ValueError(f"device {device!r} is not offered yet; use {' or '.join(DEVICES)}")
+    config, manifest = read_bundle(bundle, threads)
+    return Session(bundle, config, manifest, threads, device)
+
+
+def read_bundle(bundle: Path, threads: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """genai_config.json and rlkit.json (empty where there is none) of a folder that can be opened with `threads`.
+
+    Raises FileNotFoundError or ValueError, one line with the remedy.
+    """
     if threads is not None and threads < 1:
         raise ValueError(f"threads = {threads} cannot run anything; use at least 1, or leave it out")
     if not bundle.is_dir():
@@ -311,7 +319,7 @@ def open_session(bundle: Path, *, device: str = "cpu", threads: int | None = Non
     for name in (filename, "tokenizer.json"):
         if not (bundle / name).is_file():
             raise FileNotFoundError(f"{bundle} lacks {name}, so it is incomplete; export it again")
-    return Session(bundle, config, _manifest(bundle), threads, device)
+    return config, _manifest(bundle)
 
 
 def _manifest(bundle: Path) -> dict[str, Any]:
@@ -327,11 +335,12 @@ def _manifest(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
-def _threads_here(written: Any, manifest: dict[str, Any]) -> int:
+def threads_here(config: dict[str, Any], manifest: dict[str, Any]) -> int:
     """A number somebody chose or tuned holds, up to this process's cores; a default is made anew for this machine."""
     from rlkit.export.plan import default_threads
 
     cores = default_threads()
+    written = (config["model"]["decoder"].get("session_options") or {}).get("intra_op_num_threads")
     chosen = (manifest.get("threads") or {}).get("chosen_by", "user") != "default"
     return min(written, cores) if chosen and isinstance(written, int) and written > 0 else cores
 

@@ -1,0 +1,36 @@
+"""The linears of a written graph, by node: what profiles of a run know by name only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from rlkit.export.graph import LINEAR_OPS, load, module_of
+
+
+@dataclass(frozen=True, slots=True)
+class LinearNode:
+    """The module that a node computes, and the width of its weights' codes, 0 where the graph does not say."""
+
+    module: str
+    bits: int
+
+
+def linear_nodes(path: Path) -> dict[str, LinearNode]:
+    """Every MatMulNBits and MatMul of an ONNX file by the node's name; no weight is read."""
+    found = {}
+    for node in load(path).graph:
+        if node.op_type in LINEAR_OPS and node.name:
+            found[node.name] = LinearNode(module_of(node.name), _bits(node))
+    return found
+
+
+def _bits(node: ir.Node) -> int:
+    if "bits" in node.attributes:
+        return node.attributes["bits"].as_int()
+    weight = node.inputs[1]
+    if weight is None or weight.const_value is None:  # made by other nodes, such as a DequantizeLinear
+        return 0
+    return int(weight.const_value.dtype.bitwidth)
