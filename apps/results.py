@@ -41,7 +41,7 @@ def assemble(out: Path, names: Sequence[str], *, text: str, command: str) -> rep
     machine = Machine.from_json(read_json(out / "machine.json"))
     sizes = [read_size(bundle) for bundle in bundles]
     timed = measured[0].timing()
-    work = Workload(timed.prompt_tokens, timed.new_tokens, all_logits=True)
+    work = Workload(timed.prompt_tokens, timed.new_tokens)
     forecasts = [
         forecast(size.shape, recipes.load(bundle / "recipe.toml"), Peaks.of(machine), work).roofline
         for size, bundle in zip(sizes, bundles, strict=True)

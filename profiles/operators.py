@@ -48,6 +48,7 @@ __all__ = [
     "operators",
     "operators_of",
     "packed",
+    "past_operators",
     "prefill_steps",
     "read_tokens",
     "score_flops",
@@ -79,6 +80,13 @@ def operators_of(
         repeats = alike.pop((step.new_tokens, step.logits_tokens, step.batch), 0)
         found += _of_step(architecture, weights, storage, step, options, repeats)
     return _merged(found)
+
+
+def past_operators(
+    architecture: Architecture, weights: Weights, storage: Storage, step: Step, options: Options = CPU
+) -> tuple[Operator, ...]:
+    """Those of a step's operators that look at the past; the others are the same after any past."""
+    return tuple(_of_step(architecture, weights, storage, step, options, repeats=0))
 
 
 def _of_step(

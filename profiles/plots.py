@@ -61,7 +61,7 @@ def svg_plots(report: Report) -> dict[str, str]:
     for name, (title, _draw) in PLOTS.items():
         drawn = _saved(name, report, format="svg", transparent=True, metadata={"Date": None})
         if drawn is not None:
-            found[title] = _inline(drawn.decode(), name, describe(name, report))
+            found[title] = inline(drawn.decode(), name, describe(name, report))
     return found
 
 
@@ -280,7 +280,7 @@ def _stage_text(stage: Stage) -> str:
     return f"{stage.name} {found.kl_mean:.3f} nats, {found.top1_agreement:.1%} agreement"
 
 
-def _inline(text: str, name: str, description: str) -> str:
+def inline(text: str, name: str, description: str) -> str:
     """A drawing as an <svg> element without anything that reaches outside itself."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
