@@ -60,7 +60,7 @@ def bench(  # noqa: PLR0913, one parameter per option of the command
     plan = benchmark.Plan(tests, repeats, warmups)
     if output is not None:
         refuse_existing(output, force=force)
-    with console.progress(quiet=form is not Format.TABLE) as tell:
+    with console.progress(quiet=form is Format.JSON) as tell:
         found = worker.measure_bundles(bundles or [], plan, worker.Setting(provider, threads), tell)
     result = benchfile.result_of(found, bundles or [], plan)
     if output is not None:

@@ -1,4 +1,4 @@
-"""The linears of a written graph, by node: what profiles of a run know by name only."""
+"""The linears and experts of a written graph, by node: what profiles of a run know by name only."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ class LinearNode:
 
 
 def linear_nodes(path: Path) -> dict[str, LinearNode]:
-    """Every MatMulNBits and MatMul of an ONNX file by the node's name; no weight is read."""
+    """Every product with weights of an ONNX file by the node's name; no weight is read."""
     found = {}
     for node in load(path).graph:
-        if node.op_type in LINEAR_OPS and node.name:
+        if node.op_type in (*LINEAR_OPS, "QMoE") and node.name:
             found[node.name] = LinearNode(module_of(node.name), _bits(node))
     return found
 
 
 def _bits(node: ir.Node) -> int:
-    if "bits" in node.attributes:
-        return node.attributes["bits"].as_int()
+    for name in ("bits", "expert_weight_bits"):
+        if name in node.attributes:
+            return node.attributes[name].as_int()
     weight = node.inputs[1]
     if weight is None or weight.const_value is None:  # made by other nodes, such as a DequantizeLinear
         return 0

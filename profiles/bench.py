@@ -237,9 +237,12 @@ class Measurement:
 
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> Measurement:
-        """The inverse of `to_json`."""
-        series = tuple(Series.from_json(row) for row in table["series"])
-        return cls(table["name"], series, table["threads"], table["provider"])
+        """The inverse of `to_json`; ValueError for what another version or program wrote."""
+        try:
+            series = tuple(Series.from_json(row) for row in table["series"])
+            return cls(table["name"], series, table["threads"], table["provider"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a measurement lacks {error}, so it is of another version; measure again") from error
 
 
 def _edges(values: Sequence[float]) -> tuple[float, float]:

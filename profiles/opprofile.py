@@ -241,6 +241,8 @@ _PLACES = (
     (re.compile(r"/lora_"), Kind.ADAPTER, "adapters"),
     (re.compile(r"/offsets/"), Kind.ADAPTER, "offsets"),
     (re.compile(r"embed_tokens"), Kind.EMBEDDING, "embedding"),
+    (re.compile(r"/[qk]_norm/"), Kind.NORM, "head norm"),
+    (re.compile(r"/(?:\w+_proj|router|lm_head)/Add$"), Kind.LINEAR, "bias"),
     (re.compile(r"attn_mask_reformat|/last/Gather"), Kind.ELEMENTWISE, "inputs"),
 )
 _NAMES = (
@@ -265,8 +267,7 @@ def classify(node: str, op: str, linear: LinearNode | None = None) -> tuple[str,
     if op in _ATTENTION:
         return str(Kind.ATTENTION), "attention", 0
     if op.endswith(("LayerNormalization", "RMSNormalization", "LayerNorm")):
-        named = "residual and norm" if op.startswith("Skip") else "norm"
-        return str(Kind.NORM), "head norm" if re.search(r"/[qk]_norm/", node) else named, 0
+        return str(Kind.NORM), "residual and norm" if op.startswith("Skip") else "norm", 0
     named = next((name for pattern, name in _NAMES if pattern.search(node)), op)
     return str(Kind.ELEMENTWISE) if any(op in some for some in _ELEMENTWISE) else OTHER, named, 0
 

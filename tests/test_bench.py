@@ -66,6 +66,9 @@ def test_a_measurement_survives_json() -> None:
     table = json.loads(json.dumps(found.to_json()))
     assert table["series"][1]["tokens_per_s"]["mean"] == 1.0 and table["series"][0]["test"] == "pp8"
     assert Measurement.from_json(table) == found
+    for damaged in ({**table, "series": [{}]}, {"name": "m", "timings": []}, {**table, "series": 5}):
+        with pytest.raises(ValueError, match="of another version; measure again"):
+            Measurement.from_json(damaged)
 
 
 def test_prefill_and_decode_make_one_timing() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import families
 import tiny
 from rlkit.export.build import export_bundle
 from rlkit.export.nodes import LinearNode, linear_nodes
@@ -85,6 +86,9 @@ def test_profiles_without_kernels_or_with_changing_ones_are_refused() -> None:
             ("norm", "head norm"),
         ),
         ("/model/layers.0/attn/GroupQueryAttention", "GroupQueryAttention", ("attention", "attention")),
+        ("/model/layers.0/attn/k_norm/Reshape_2", "Reshape", ("norm", "head norm")),
+        ("/model/layers.0/attn/qkv_proj/Add", "Add", ("linear", "bias")),
+        ("/model/layers.1/residual_mul/Mul_2", "Mul", ("elementwise", "Mul")),
         ("/model/layers.1/mlp/act_fn/Mul/QuickGeluFusion/", "QuickGelu", ("elementwise", "activation")),
         ("/model/layers.1/mlp/Mul", "Mul", ("elementwise", "activation")),
         ("/model/layers.1/mlp/gate_up_proj/Split", "Split", ("elementwise", "split")),
@@ -130,6 +134,20 @@ def test_linears_of_a_graph(bundle: Path) -> None:
     assert found["/model/layers.1/mlp/up_proj/MatMulNBits"] == LinearNode("model.layers.1.mlp.up_proj", 2)
     assert found["/model/layers.1/mlp/up_proj/lora_A/MatMulNBits"].bits == 8
     assert found["/lm_head/MatMulNBits"] == LinearNode("lm_head", 4)
+
+
+def test_experts_have_the_bits_of_their_codes(tmp_path: Path) -> None:
+    bundle = export_bundle(families.folder("gpt-oss", tmp_path / "hf"), tmp_path / "bundle", recipe=tiny.W4)
+    found = profile_bundle(bundle, 3, 5, threads=1, steps=1)
+    classes = {(row.kind, row.name, row.bits): row.count for row in found.rows}
+    assert classes["experts", "experts", 4] == 2 and ("linear", "bias", 0) in classes
+    assert {name for kind, name, _bits in classes if kind == "linear"} == {
+        "qkv_proj",
+        "o_proj",
+        "router",
+        "lm_head",
+        "bias",
+    }
 
 
 def test_float_linears_have_the_bits_of_their_type(tmp_path: Path) -> None:
