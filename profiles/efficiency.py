@@ -3,9 +3,9 @@
     utilisation = ideal seconds / measured seconds,   ideal = dispatch + bytes / bandwidth + FLOPs / peak
 
 The ideal grows as the real time does, so utilisation changes slowly and is interpolated: its logarithm, over those of
-tokens, outputs and inputs for products (each format apart), of new and cached tokens for attention (between head sizes
-and groupings by distance), of rows and width for the rest. Beyond the outermost points it stays. It may exceed 1:
-low-bit products compute in int8, and the peak is that of float32.
+tokens, outputs and inputs for products (each format apart), of new and cached tokens, head size and heads per KV head
+for attention, of rows and width for the rest. Beyond the outermost points it stays. It may exceed 1: low-bit products
+compute in int8, and the peak is that of float32.
 
 A decode step reads all weights, so what a product of few tokens takes depends on how much of the model the caches keep
 from one step to the next. Products are therefore measured with their weights in the caches and far beyond them, and a
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from rlkit.profiles.surface import Point, Surface, blend
+from rlkit.profiles.surface import Point, Surface
 from rlkit.recover.atomic import write_json
 from rlkit.recover.source import read_json
 
@@ -170,16 +170,8 @@ class Table:
             raise ValueError(f"attention of {heads} heads on {kv_heads}, {tokens} after {past} tokens, is none")
         if not self.attentions:
             raise ValueError("no attention was measured; run `rlkit calibrate` again")
-        shapes = {(row.head_dim, row.heads // row.kv_heads) for row in self.attentions}
-        asked = (math.log(head_dim), math.log(heads / kv_heads))
-        seconds = [
-            (
-                math.dist(asked, (math.log(size), math.log(group))),
-                self._surface(("attention", size, group)).at((tokens, past + NEAR)),
-            )
-            for size, group in sorted(shapes)
-        ]
-        utilisation = blend(seconds)
+        place = (tokens, past + NEAR, head_dim, heads / kv_heads)
+        utilisation = self._surface(("attention",)).at(place)
         return self._ideal_attention(tokens, past, heads, kv_heads, head_dim) / utilisation
 
     def token_seconds(self, vocab: int, layers: int) -> float:
@@ -263,9 +255,10 @@ class Table:
             return {(r.tokens, r.width): self._ideal_rows(r.kind, r.tokens, r.width) / r.seconds for r in rows}
         if key[0] == "attention":
             return {
-                (r.tokens, r.past + NEAR): self._ideal_attention(*astuple(r)[:-1]) / r.seconds
+                (r.tokens, r.past + NEAR, r.head_dim, r.heads / r.kv_heads): (
+                    self._ideal_attention(*astuple(r)[:-1]) / r.seconds
+                )
                 for r in self.attentions
-                if (r.head_dim, r.heads // r.kv_heads) == key[1:]
             }
         _name, bits, block, cached = key
         # Where only one of the two was measured, it makes no difference: many tokens, or matrices that fit no cache.

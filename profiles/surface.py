@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,11 @@ Point = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """Logarithms of positive numbers on a grid of logarithms of positions; what the grid lacks is its nearest's."""
+    """Logarithms of positive numbers on a grid of logarithms of positions.
+
+    A place of the grid without a point is filled from those on either side of it along an axis (the mean of what the
+    axes say), then from those already filled; what lies outside of all of them is its nearest's.
+    """
 
     axes: tuple[NDArray[np.float64], ...]
     values: NDArray[np.float64]
@@ -26,12 +30,16 @@ class Surface:
         if not points:
             raise ValueError(f"nothing was measured of {name}; run `rlkit calibrate` again")
         places = np.log(np.array(list(points), np.float64))  # (points, axes)
-        heights = np.log(np.array(list(points.values()), np.float64))
         axes = tuple(np.unique(column) for column in places.T)
-        grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1)  # (..., axes)
-        apart = np.linalg.norm(grid[..., None, :] - places, axis=-1)  # (..., points)
-        near = apart <= apart.min(-1, keepdims=True) + 1e-9
-        return cls(axes, (near * heights).sum(-1) / near.sum(-1))
+        values = np.full([len(axis) for axis in axes], np.nan)
+        where = tuple(np.searchsorted(axis, column) for axis, column in zip(axes, places.T, strict=True))
+        values[where] = np.log(np.array(list(points.values()), np.float64))
+        while np.isnan(values).any():
+            filled = _between(axes, values)
+            if np.array_equal(filled, values, equal_nan=True):
+                return cls(axes, _nearest(axes, values))
+            values = filled
+        return cls(axes, values)
 
     def at(self, place: Sequence[float]) -> float:
         """The value between its neighbours, linear in logarithms; at the edge's beyond it."""
@@ -46,11 +54,28 @@ class Surface:
         return math.exp(float(values))
 
 
-def blend(found: Iterable[tuple[float, float]]) -> float:
-    """The geometric mean of values, nearer ones weighing more (inverse squares of their distances)."""
-    pairs = list(found)
-    for apart, value in pairs:
-        if apart < 1e-9:
-            return value
-    weights = [apart**-2 for apart, _value in pairs]
-    return math.exp(sum(w * math.log(value) for w, (_a, value) in zip(weights, pairs, strict=True)) / sum(weights))
+def _between(axes: Sequence[NDArray[np.float64]], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gaps that have a value on either side along an axis, filled with the mean of what the axes say."""
+    guesses = [np.apply_along_axis(_line, index, values, axis) for index, axis in enumerate(axes)]
+    known = ~np.isnan(guesses)
+    total = np.where(known, guesses, 0.0).sum(0)
+    counts = known.sum(0)
+    mean = np.divide(total, counts, out=np.full(values.shape, np.nan), where=counts > 0)
+    return np.where(np.isnan(values), mean, values)
+
+
+def _line(values: NDArray[np.float64], axis: NDArray[np.float64]) -> NDArray[np.float64]:
+    known = ~np.isnan(values)
+    if known.sum() < 2:
+        return values
+    return np.interp(axis, axis[known], values[known], left=np.nan, right=np.nan)
+
+
+def _nearest(axes: Sequence[NDArray[np.float64]], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gaps filled with the mean of the nearest values."""
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1)  # (..., axes)
+    known = ~np.isnan(values)
+    apart = np.linalg.norm(grid[..., None, :] - grid[known], axis=-1)  # (..., known)
+    near = apart <= apart.min(-1, keepdims=True) + 1e-9
+    filled: NDArray[np.float64] = (near * values[known]).sum(-1) / near.sum(-1)
+    return filled

@@ -23,7 +23,7 @@ from rlkit.profiles.efficiency import (
     attention_work,
     product_nbytes,
 )
-from rlkit.profiles.surface import Surface, blend
+from rlkit.profiles.surface import Surface
 
 PEAKS = Peaks(bytes_per_s=2e10, flops_per_s=1e11, dispatch_seconds=1e-6, threads=2)
 FORMS = ((4, 128), (4, 32), (2, 64), (32, 0))
@@ -210,7 +210,7 @@ def test_a_machine_of_constant_utilisation_is_foretold_exactly() -> None:
     assert max(efficiency.leave_one_out(constant)["products"]) < 1e-9
 
 
-def test_a_surface_fills_its_gaps_with_the_nearest() -> None:
+def test_a_surface_fills_its_gaps_from_either_side_and_then_with_the_nearest() -> None:
     surface = Surface.through({(1, 1): 2.0, (4, 4): 8.0}, "x")
     assert surface.at((1, 1)) == pytest.approx(2.0)
     assert surface.at((4, 4)) == pytest.approx(8.0)
@@ -218,8 +218,14 @@ def test_a_surface_fills_its_gaps_with_the_nearest() -> None:
     assert surface.at((2, 2)) == pytest.approx(4.0)
     assert surface.at((0.001, 0.001)) == pytest.approx(2.0)
     assert surface.at((1e9, 1e9)) == pytest.approx(8.0)
+    row = Surface.through({(1, 1): 1.0, (1, 16): 16.0, (2, 1): 1.0, (2, 4): 4.0, (2, 16): 16.0}, "x")
+    assert row.at((1, 4)) == pytest.approx(4.0)  # not its neighbour's, but what lies between on its line
 
 
-def test_blending_takes_what_is_there_and_is_between_otherwise() -> None:
-    assert blend([(0.0, 3.0), (1.0, 9.0)]) == 3.0
-    assert blend([(1.0, 4.0), (1.0, 9.0)]) == pytest.approx(6.0)
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64), st.floats(0.1, 10)), min_size=1, max_size=12))
+def test_a_surface_goes_through_its_points_and_stays_within_them(points: list[tuple[int, int, float]]) -> None:
+    table = {(x, y): value for x, y, value in points}
+    surface = Surface.through(table, "x")
+    for place, value in table.items():
+        assert surface.at(place) == pytest.approx(value)
+    assert min(table.values()) * 0.999 <= surface.at((7, 9)) <= max(table.values()) * 1.001
