@@ -15,23 +15,27 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 
 from rlkit.recover import adapter, packing
 from rlkit.recover.atomic import need_space, write_json, write_text
 from rlkit.recover.contents import read_safetensors_header
 from rlkit.recover.correct import LowRank
 from rlkit.recover.model import quiet_transformers
-from rlkit.recover.quantize import Quantized
+from rlkit.recover.quantize import BLOCK, Quantized
 from rlkit.recover.recipe import Recipe, Scheme
+from rlkit.recover.tensorfile import Entry, write_tensors
 
 SCHEMA_VERSION = 1
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +51,14 @@ def write_checkpoint(
     folder: Path, recovered: Recovered, model: Any, tokenizer: Any, recipe: Recipe, recovery: dict[str, Any]
 ) -> None:
     """Write the files into the existing, empty `folder` (see atomic.fresh_folder)."""
-    tensors: dict[str, torch.Tensor] = {name: tensor.contiguous() for name, tensor in recovered.tensors.items()}
     schemes: dict[str, Scheme] = {}
-    for name, quantized in recovered.quantized.items():  # read from disk one by one, where they are many
-        schemes[name], bits = quantized.scheme, quantized.scheme.bits
-        tensors[f"{name}.qweight"] = torch.from_numpy(packing.pack(quantized.codes.numpy(), bits))
-        tensors[f"{name}.scales"] = quantized.scales.contiguous()
-        tensors[f"{name}.qzeros"] = torch.from_numpy(packing.pack(quantized.zeros.numpy(), bits))
+    entries = [_plain(name, tensor) for name, tensor in recovered.tensors.items()]
+    for name, quantized in recovered.quantized.items():  # read from disk one by one, here and when they are written
+        schemes[name] = quantized.scheme
+        entries += _packed(name, quantized, recovered.quantized)
     if model.config.tie_word_embeddings and "lm_head" in recovered.quantized:
-        tensors["model.embed_tokens.weight"] = recovered.quantized["lm_head"].dequantize(torch.float16)
-    need_space(folder, sum(tensor.nbytes for tensor in tensors.values()) + 64_000_000)
+        entries.append(_table(recovered.quantized))
+    need_space(folder, sum(entry.nbytes for entry in entries) + 64_000_000)
     with quiet_transformers():
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
@@ -64,11 +66,51 @@ def write_checkpoint(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(schemes)
     write_json(folder / "config.json", config)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", entries, {"format": "pt"})
     if recovered.low_ranks:
         adapter.save_adapters(folder / "adapter", recovered.low_ranks, str(recovery["source"]["reference"]))
     write_text(folder / "recipe.toml", recipe.to_toml())
     write_json(folder / "recovery.json", {"schema_version": SCHEMA_VERSION, **recovery})
+
+
+def _plain(name: str, tensor: torch.Tensor) -> Entry:
+    def chunks() -> Iterator[bytes]:
+        yield tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+    return Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), chunks)
+
+
+def _packed(name: str, like: Quantized, states: Mapping[str, Quantized]) -> list[Entry]:
+    """The three tensors of a matrix, whose shapes are those of `like`, read again when they are written."""
+    n, k = like.codes.shape
+    bits, groups = like.scheme.bits, like.scales.shape[1]
+
+    def part(read: Callable[[Quantized], torch.Tensor | NDArray[np.uint8]]) -> Callable[[], Iterator[bytes]]:
+        def chunks() -> Iterator[bytes]:
+            yield np.ascontiguousarray(read(states[name])).tobytes()
+
+        return chunks
+
+    return [
+        Entry(f"{name}.qweight", "U8", (n, k * bits // 8), part(lambda state: packing.pack(state.codes.numpy(), bits))),
+        Entry(f"{name}.scales", "F32", (n, groups), part(lambda state: state.scales)),
+        Entry(f"{name}.qzeros", "U8", (n, -(-groups * bits // 8)), part(lambda s: packing.pack(s.zeros.numpy(), bits))),
+    ]
+
+
+def _table(states: Mapping[str, Quantized]) -> Entry:
+    """A tied embedding's values in float16, for readers that want a float table; some rows at a time."""
+
+    def chunks() -> Iterator[bytes]:
+        state = states["lm_head"]
+        step = max(1, BLOCK // state.codes.shape[1])
+        for start in range(0, len(state.codes), step):
+            rows = slice(start, start + step)
+            part = Quantized(state.codes[rows], state.scales[rows], state.zeros[rows], state.scheme)
+            yield part.dequantize(torch.float16).numpy().tobytes()
+
+    n, k = states["lm_head"].codes.shape
+    return Entry("model.embed_tokens.weight", "F16", (n, k), chunks)
 
 
 def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ tensor, so that a model of any size needs the memory of its largest matrix and i
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 
 from rlkit.recover import packing
-from rlkit.recover.atomic import fresh_folder, need_space, write_json, write_text
+from rlkit.recover.atomic import fresh_folder, write_json, write_text
 from rlkit.recover.checkpoint import quantization_config
-from rlkit.recover.contents import DTYPE_BITS
 from rlkit.recover.model import quiet_transformers
 from rlkit.recover.recipe import Recipe, Rule, Scheme
 from rlkit.recover.source import ModelShape
+from rlkit.recover.tensorfile import Entry, write_tensors
 
 QWEN3_06B = ModelShape("Qwen3ForCausalLM", 28, 1024, 3072, 16, 8, 128, 151_936, True, 40_960, True)
 QWEN3_17B = ModelShape("Qwen3ForCausalLM", 28, 2048, 6144, 16, 8, 128, 151_936, True, 40_960, True)
@@ -70,7 +69,7 @@ def write_packed(shape: ModelShape, recipe: Recipe, folder: Path, *, seed: int =
         config |= {"architectures": [shape.architecture], "quantization_config": quantization_config(schemes)}
         write_json(made / "config.json", config)
         write_text(made / "recipe.toml", recipe.to_toml())
-        _write_safetensors(made / "model.safetensors", list(_tensors(shape, schemes, seed)))
+        write_tensors(made / "model.safetensors", _tensors(shape, schemes, seed), {"format": "pt"})
     return folder
 
 
@@ -105,23 +104,23 @@ def _config(shape: ModelShape) -> Any:
 Chunks = Callable[[], Iterator[bytes]]
 
 
-def _tensors(shape: ModelShape, schemes: dict[str, Scheme], seed: int) -> Iterator[tuple[str, str, list[int], Chunks]]:
-    """Every tensor of the checkpoint: name, type, shape and bytes."""
+def _tensors(shape: ModelShape, schemes: dict[str, Scheme], seed: int) -> Iterator[Entry]:
+    """Every tensor of the checkpoint."""
     for number, (name, n, k) in enumerate(shape.linears()):
         bits, groups = schemes[name].bits, k // schemes[name].group
         zero = sum((1 << bits - 1) << at for at in range(0, 8, bits))  # the code in the middle, in every field
-        yield f"{name}.qweight", "U8", [n, k * bits // 8], _random([seed, number], n * k * bits // 8)
-        yield f"{name}.scales", "F32", [n, groups], _repeated(np.float32(SCALE), n * groups)
+        yield Entry(f"{name}.qweight", "U8", (n, k * bits // 8), _random([seed, number], n * k * bits // 8))
+        yield Entry(f"{name}.scales", "F32", (n, groups), _repeated(np.float32(SCALE), n * groups))
         width = -(-groups * bits // 8)
-        yield f"{name}.qzeros", "U8", [n, width], _repeated(np.uint8(zero), n * width)
+        yield Entry(f"{name}.qzeros", "U8", (n, width), _repeated(np.uint8(zero), n * width))
         if shape.qkv_bias and name[-6:] in ("q_proj", "k_proj", "v_proj"):
-            yield f"{name}.bias", "BF16", [n], _repeated(np.uint16(0), n)
+            yield Entry(f"{name}.bias", "BF16", (n,), _repeated(np.uint16(0), n))
     for name, width in _norms(shape):
-        yield f"{name}.weight", "BF16", [width], _repeated(np.uint16(0x3F80), width)  # 1.0
+        yield Entry(f"{name}.weight", "BF16", (width,), _repeated(np.uint16(0x3F80), width))  # 1.0
     table = [shape.vocab, shape.hidden]
     head = schemes["lm_head"], [seed, 7 * shape.layers]  # the last of the linears
     embedding = _dequantized(table, *head) if shape.tied else _repeated(np.float16(SCALE), shape.vocab * shape.hidden)
-    yield "model.embed_tokens.weight", "F16", table, embedding
+    yield Entry("model.embed_tokens.weight", "F16", tuple(table), embedding)
 
 
 def _norms(shape: ModelShape) -> Iterator[tuple[str, int]]:
@@ -155,20 +154,3 @@ def _dequantized(table: list[int], scheme: Scheme, seed: list[int]) -> Chunks:
             yield packing.dequantize(rows, scales, None, scheme.bits, scheme.group, k).astype(np.float16).tobytes()
 
     return chunks
-
-
-def _write_safetensors(path: Path, tensors: list[tuple[str, str, list[int], Chunks]]) -> None:
-    """A .safetensors file, tensor by tensor: the length of the header, the header as JSON, the bytes in order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dtype, shape, _chunks in tensors:
-        begin, end = end, end + math.prod(shape) * DTYPE_BITS[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    need_space(path.parent, end)
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for *_about, chunks in tensors:
-            for chunk in chunks():
-                file.write(chunk)
