@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from rlkit.apps import console
-from rlkit.profiles import charts, places, sweeps
+from rlkit.profiles import charts, here, places, sweeps
 from rlkit.profiles.account import Cost, Model
 from rlkit.profiles.architecture import Architecture, read_architecture
-from rlkit.profiles.device import HERE, find, load
+from rlkit.profiles.device import HERE, Device, find, load
 from rlkit.profiles.forecast import FORMULAS, Adapters, Forecast, Peaks, Phase, Workload, forecast_model
 from rlkit.profiles.machine import measure_machine
 from rlkit.profiles.places import Place
@@ -132,8 +133,13 @@ class _Devices:
             return _measured(quiet=quiet), None
         if name is None:
             raise ValueError("--prefill-device needs --device too, the unit that decodes")
-        decode = places.of_unit(*find(name, known))
-        return decode, None if self.prefill is None else places.of_unit(*find(self.prefill, known))
+        return _place(name, known), None if self.prefill is None else _place(self.prefill, known)
+
+
+def _place(name: str, known: Mapping[str, Device]) -> Place:
+    """A unit by name; of this machine with the table of its calibration."""
+    device, unit = find(name, known)
+    return places.of_unit(device, unit, here.load_table() if device.name == HERE and unit.name == "cpu" else None)
 
 
 @dataclass(frozen=True, slots=True)

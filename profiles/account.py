@@ -10,17 +10,28 @@ with it in straight pieces. So the ends of a piece say what is between them: tho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from rlkit.profiles.architecture import Architecture
-from rlkit.profiles.operators import Adapters, Matrix, Operator, Step, operators, past_operators, unique_experts, weigh
+from rlkit.profiles.operators import (
+    Adapters,
+    Matrix,
+    Operator,
+    Step,
+    cache_nbytes,
+    operators,
+    past_operators,
+    unique_experts,
+    weigh,
+)
 from rlkit.profiles.places import Place
-from rlkit.profiles.rates import Rates
+from rlkit.profiles.rates import STRAIGHT, Rates
 from rlkit.recover.recipe import Recipe
 
-STRAIGHT = 1e-5  # how far from the line between its ends the middle of a straight piece may be
+LOOP = "beside the model"  # the row of what a reply and a token take there
 
 
 class Amounts(NamedTuple):
@@ -117,7 +128,10 @@ class Model:
         self.recipe = "none" if recipe is None else recipe.name
         self.weights = weigh(architecture, place.stored(recipe), place.storage, adapters)
         self.matrices, self.stored_nbytes = self.weights.matrices, self.weights.stored_nbytes
-        self._fixed: dict[tuple[int, int, int], dict[str, Amounts]] = {}
+        self._read_nbytes = self.weights.streamed_nbytes
+        self._fits: dict[int, Rates] = {}
+        self._fixed: dict[tuple[int, int, int, int], dict[str, Amounts]] = {}
+        self.rates = self._rates(self._size(0, 1))
 
     def account(self, new_tokens: int, pasts: Sequence[int], logits: int = 1, batch: int = 1) -> dict[str, Amounts]:
         """What passes of `new_tokens` after each of `pasts` cost together; `pasts` are evenly spaced."""
@@ -125,20 +139,33 @@ class Model:
         def looking_back(past: int) -> dict[str, Amounts]:
             step = Step(new_tokens, past, logits, batch)
             about = self.architecture, self.weights, self.place.storage
-            return account_of(past_operators(*about, step, self.place.options), self.place.rates)
+            return account_of(past_operators(*about, step, self.place.options), rates)
 
-        fixed = self._fixed_part(new_tokens, logits, batch)
-        varying = summed(looking_back, pasts)
+        size = self._size(pasts[len(pasts) // 2], batch)
+        rates = self._rates(size)
+        fixed = self._fixed_part(new_tokens, logits, batch, size)
+        varying = summed(looking_back, pasts, rates.straight)
         return {
             name: Amounts(*(len(pasts) * a + b for a, b in zip(row, varying.get(name, NOTHING), strict=True)))
             for name, row in fixed.items()
         }
 
-    def _fixed_part(self, new_tokens: int, logits: int, batch: int) -> dict[str, Amounts]:
+    def _size(self, past: int, batch: int) -> int:
+        """What a decode step reads of weights and cache, in eighths of powers of two: rates may depend on it."""
+        cached = cache_nbytes(self.architecture, self.place.storage.kv, past + 1, batch)
+        return round(8 * math.log2(self._read_nbytes + cached))
+
+    def _rates(self, size: int) -> Rates:
+        if size not in self._fits:
+            model = self.architecture
+            self._fits[size] = self.place.rates.fitted(2 ** (size / 8), model.vocab, len(model.layers))
+        return self._fits[size]
+
+    def _fixed_part(self, new_tokens: int, logits: int, batch: int, size: int) -> dict[str, Amounts]:
         """What a pass costs beside what looks at the past, which keeps its place with nothing in it."""
-        key = new_tokens, logits, batch
+        key = new_tokens, logits, batch, size
         if key not in self._fixed:
-            step, rates = Step(new_tokens, 0, logits, batch), self.place.rates
+            step, rates = Step(new_tokens, 0, logits, batch), self._rates(size)
             about = self.architecture, self.weights, self.place.storage
             whole = account_of(operators(*about, step, self.place.options), rates)
             varying = account_of(past_operators(*about, step, self.place.options), rates)
@@ -167,8 +194,18 @@ def _minus(row: Amounts, part: Amounts | None) -> Amounts:
     return Amounts(*(a - b for a, b in zip(row, part, strict=True))) if left else NOTHING
 
 
-def summed(value: Callable[[int], dict[str, Amounts]], pasts: Sequence[int]) -> dict[str, Amounts]:
-    """The sum of `value` over evenly spaced arguments, from few of them: straight pieces are found by halving."""
+def beside(seconds: float) -> dict[str, Amounts]:
+    """The row of what is done beside the model; none if it takes no time that is known."""
+    return {LOOP: NOTHING._replace(dispatch=seconds, seconds=seconds)} if seconds else {}
+
+
+def summed(
+    value: Callable[[int], dict[str, Amounts]], pasts: Sequence[int], straight: float = STRAIGHT
+) -> dict[str, Amounts]:
+    """The sum of `value` over evenly spaced arguments, from few of them: straight pieces are found by halving.
+
+    `straight`: how far, as a share, the middle of a piece may be from the line between its ends.
+    """
     ends = {0: value(pasts[0]), len(pasts) - 1: value(pasts[-1])}
 
     def between(low: int, high: int) -> dict[str, Amounts]:
@@ -179,7 +216,7 @@ def summed(value: Callable[[int], dict[str, Amounts]], pasts: Sequence[int]) -> 
         middle = (low + high) // 2
         ends[middle] = value(pasts[middle])
         share = (middle - low) / (high - low)
-        if _close(_mixed(((first, 1.0 - share), (last, share))), ends[middle]):
+        if _close(_mixed(((first, 1.0 - share), (last, share))), ends[middle], straight):
             half = (high - low + 1) / 2
             return _mixed(((first, half), (last, half)))
         return _mixed(((between(low, middle), 1.0), (between(middle, high), 1.0), (ends[middle], -1.0)))
@@ -198,7 +235,7 @@ def _mixed(parts: Sequence[tuple[dict[str, Amounts], float]]) -> dict[str, Amoun
     }
 
 
-def _close(made: dict[str, Amounts], true: dict[str, Amounts]) -> bool:
+def _close(made: dict[str, Amounts], true: dict[str, Amounts], straight: float) -> bool:
     return all(
-        abs(a - b) <= STRAIGHT * abs(b) for name, row in true.items() for a, b in zip(made[name], row, strict=True)
+        abs(a - b) <= straight * abs(b) for name, row in true.items() for a, b in zip(made[name], row, strict=True)
     )

@@ -84,7 +84,8 @@ def attention(layer: Layer, storage: Storage, step: Step, options: Options) -> I
     common = Operator(name, Kind.ATTENTION, 1, 0, bits=storage.kv.bits, tokens=rows)
     if options.attention == "fused":
         flops, moved = scores + softmax + values + extra, moved + extra_nbytes
-        yield replace(common, flops=flops, weight_nbytes=weights, activation_nbytes=moved, kv_nbytes=cache)
+        shape = _shape(layer, step, options, found)
+        yield replace(common, flops=flops, weight_nbytes=weights, activation_nbytes=moved, kv_nbytes=cache, shape=shape)
         return
     matrix = step.batch * layer.heads * found.pairs * width // 8
     half = cache // 2
@@ -99,6 +100,15 @@ def attention(layer: Layer, storage: Storage, step: Step, options: Options) -> I
     yield replace(common, name=f"{name}: softmax", flops=softmax, weight_nbytes=weights, activation_nbytes=2 * matrix)
     rest = moved - moved // 2 + matrix
     yield replace(common, name=f"{name}: values", flops=values, activation_nbytes=rest, kv_nbytes=cache - half)
+
+
+def _shape(layer: Layer, step: Step, options: Options, sizes: _Sizes) -> tuple[int, ...]:
+    """New tokens, past ones that are seen, heads, heads of the keys, and the mean size of a key and a value."""
+    seen = read_tokens(step, layer.window) - step.new_tokens
+    kv_heads = layer.kv_heads
+    if layer.latent:
+        kv_heads = 1 if is_absorbed(layer, step, options) else layer.heads
+    return step.new_tokens, seen, layer.heads, kv_heads, (sizes.key + sizes.value) // 2
 
 
 @dataclass(frozen=True, slots=True)

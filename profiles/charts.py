@@ -21,12 +21,14 @@ from rlkit.recover.atomic import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".html")
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY)
 MARKS = "osD^vPX*"
 NAMED = 6  # operators that a roofline names, by time
+WIDE = 20.0  # values that differ by more are drawn on a scale of powers
 DARK = "#222222"
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -98,13 +100,14 @@ def _table(table: Table) -> str:
 def draw_roofline(made: Forecast) -> Figure:
     """Prefill and a decode step side by side: each operator at its FLOPs per byte and the FLOP/s it gets."""
     figure, axes = _figure(2, height=4.6)
-    titles = (f"prefill of {made.workload.prompt_tokens:,} tokens", "a token after them")
+    titles = (f"prefill of {made.workload.prompt_tokens:,} tokens", "one token after them")
     for axis, phase, title in zip(axes, (made.prefill, made.decode), titles, strict=True):
         _roofs(axis, phase)
         _operators(axis, phase.costs)
-        axis.set_title(f"{title}: {phase.place.name}, {phase.place.rates.label}")
+        axis.set_title(f"{title}, {phase.place.name}")
         axis.set_xlabel("FLOPs per byte")
     axes[0].set_ylabel("FLOP/s")
+    figure.suptitle(f"{made.model} as {made.recipe}, {made.label}", fontsize=11)
     return figure
 
 
@@ -137,6 +140,8 @@ def _roofs(axis: Axes, phase: Phase) -> None:
         textcoords="offset points", fontsize=8,
     )  # fmt: skip
     axis.set_xlim(low, high)
+    _plain_powers(axis.xaxis)
+    _plain_powers(axis.yaxis)
 
 
 def _operators(axis: Axes, costs: Sequence[Cost]) -> None:
@@ -154,31 +159,42 @@ def _operators(axis: Axes, costs: Sequence[Cost]) -> None:
 
 
 def draw_sweep(found: Sweep) -> Figure:
-    """Decode speed and time to first token over the first axis, a curve for each combination of the others."""
+    """Decode speed and time to first token over the first axis, a curve for each combination of the others.
+
+    Chunks do not change decode speed, so memory takes its place there.
+    """
     axis = found.axes[0]
     figure, (left, right) = _figure(2, height=4.2)
-    curves = found.curves(axis)
+    size = axis == "chunks"
     if axis == "recipes":
-        points = [point for curve in curves.values() for point in curve]
-        _recipe_bars(left, points, [point.tokens_per_s or 0.0 for point in points], ".1f")
-        _recipe_bars(right, points, [point.ttft_seconds or 0.0 for point in points], ".3g")
+        _bars(left, found, [point.tokens_per_s or 0.0 for point in _numbered(found)])
+        _bars(right, found, [point.ttft_seconds or 0.0 for point in _numbered(found)])
     else:
-        for place, (name, curve) in enumerate(curves.items()):
-            _curve(left, axis, curve, [point.tokens_per_s or 0.0 for point in curve], name, place)
+        for place, (name, curve) in enumerate(found.curves(axis).items()):
+            speeds = [(point.memory_nbytes or 0) / 1e9 if size else point.tokens_per_s or 0.0 for point in curve]
+            _curve(left, axis, curve, speeds, name, place)
             _curve(right, axis, curve, [point.ttft_seconds or 0.0 for point in curve], name, place)
         for panel in (left, right):
             panel.set_xscale("log", base=2)
             panel.set_xlabel("tokens of context" if axis == "contexts" else "tokens a chunk")
             panel.xaxis.set_major_formatter(lambda value, _at: f"{value:,.0f}")
             panel.tick_params(axis="x", labelrotation=35)
-        right.set_yscale("log")
-        if len(curves) > 1:
-            left.legend(fontsize=8, frameon=False)
-    if axis != "recipes":
+        times = [point.ttft_seconds or 0.0 for point in _numbered(found)]
+        if max(times) > WIDE * min(times):
+            right.set_yscale("log")
+            _plain_powers(right.yaxis)
+        else:
+            right.set_ylim(bottom=0.0)
         left.set_ylim(bottom=0.0)
-    left.set_title(f"tokens/s, {found.decode_place}, {found.label}")
+        left.legend(fontsize=8, frameon=False)
+    left.set_title("memory, GB" if size else f"tokens/s, {found.decode_place}")
     right.set_title(f"seconds to the first token, {found.prefill_place}")
+    figure.suptitle(f"{found.model}, {found.label}", fontsize=11)
     return figure
+
+
+def _numbered(found: Sweep) -> list[Point]:
+    return [point for point in found.points if not point.refused]
 
 
 def describe_sweep(found: Sweep) -> str:
@@ -199,14 +215,29 @@ def _curve(axis: Axes, name: str, points: Sequence[Point], values: Sequence[floa
     axis.plot(xs, values, label=label, markersize=4, linewidth=1.4, **style)
 
 
-def _recipe_bars(axis: Axes, points: Sequence[Point], values: Sequence[float], digits: str) -> None:
-    at = list(range(len(points)))
+def _bars(axis: Axes, found: Sweep, values: Sequence[float]) -> None:
+    """One bar per point, named by what tells it from the others."""
+    at = list(range(len(values)))
     axis.barh(at, values, height=0.6, color=BLUE)
     for row, value in zip(at, values, strict=True):
-        axis.annotate(format(value, digits), (value, row), xytext=(4, 0), textcoords="offset points", va="center")
-    axis.set_yticks(at, [point.recipe for point in points])
-    axis.set_ylim(len(points) - 0.4, -0.6)
+        axis.annotate(f"{value:.3g}", (value, row), xytext=(4, 0), textcoords="offset points", va="center")
+    axis.set_yticks(at, list(found.names().values()))
+    axis.set_ylim(len(at) - 0.4, -0.6)
     axis.set_xlim(0.0, 1.2 * max(values, default=1.0))
+
+
+def _plain_powers(axis: Axis) -> None:
+    """Powers of ten as 100, 1 k, 10 M: a font without mathematics writes them."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    def text(value: float, _at: int | None = None) -> str:
+        for scale, prefix in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+            if value >= scale:
+                return f"{value / scale:g}{prefix}"
+        return f"{value:g}"
+
+    axis.set_major_formatter(FuncFormatter(text))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _figure(panels: int, *, height: float) -> tuple[Figure, list[Axes]]:

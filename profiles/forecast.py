@@ -24,6 +24,7 @@ from rlkit.profiles.account import (
     Amounts,
     Cost,
     Model,
+    beside,
     costs,
     life_tpot_seconds,
     life_ttft_seconds,
@@ -197,6 +198,7 @@ def forecast_model(model: Model, workload: Workload, *, prefill: Model | None = 
     pasts = range(prompt, prompt + max(workload.new_tokens - 1, 1))
     steps = model.account(1, pasts, 1, batch)
     mean = {name: Amounts(*(amount / len(pasts) for amount in row)) for name, row in steps.items()}
+    mean |= beside(model.rates.token_seconds)
     moved = model.streamed_nbytes(batch) + _read_of_cache(model, pasts, batch)
 
     def timing(ttft_seconds: float, tpot_seconds: float) -> Timing:
@@ -208,7 +210,7 @@ def forecast_model(model: Model, workload: Workload, *, prefill: Model | None = 
         recipe=model.recipe,
         workload=workload,
         prefill=Phase(first.place, costs(read)),
-        decode=Phase(model.place, costs(model.account(1, pasts[:1], 1, batch))),
+        decode=Phase(model.place, costs(model.account(1, pasts[:1], 1, batch) | beside(model.rates.token_seconds))),
         roofline=roofline,
         life=timing(life_ttft_seconds(read), life_tpot_seconds(mean)),
         baseline=timing(_prefill_baseline(first, workload), moved / model.place.rates.bytes_per_s),
@@ -238,7 +240,7 @@ def _prefill(model: Model, workload: Workload) -> Account:
     if rest:
         last = model.account(rest, (whole * size,), rest if every else 1, batch)
         found = {name: Amounts(*(a + b for a, b in zip(row, last[name], strict=True))) for name, row in found.items()}
-    return found
+    return found | beside(model.rates.prompt_seconds)
 
 
 def _prefill_baseline(model: Model, workload: Workload) -> float:
@@ -292,7 +294,7 @@ def _band(first: Place, place: Place) -> Band:
 
 def _assumptions(model: Model, first: Model, workload: Workload) -> Iterator[str]:
     for place in dict.fromkeys((first.place.name, model.place.name)):
-        rates = (model if place == model.place.name else first).place.rates
+        rates = (model if place == model.place.name else first).rates
         yield from (f"{place}: {line}" for line in rates.assumptions())
     stored = model.place.storage
     zeros = "as many bits as a code" if stored.zero_bits is None else f"{stored.zero_bits} bits"

@@ -174,12 +174,14 @@ def _linear(matrix: Matrix, rows: int, storage: Storage, options: Options) -> It
         launches = 1 + (matrix.bias_nbytes > 0 and not options.fused_bias)
     kind = Kind.EXPERTS if matrix.experts else Kind.LINEAR
     nbytes, moved = round(read * (matrix.nbytes + matrix.bias_nbytes)), runs * (k + n) * width // 8
-    yield Operator(matrix.name, kind, 1, flops, nbytes, moved, 0, launches, matrix.bits, rows)
+    shape = n, k, matrix.format.group
+    yield Operator(matrix.name, kind, 1, flops, nbytes, moved, 0, launches, matrix.bits, rows, shape)
     if matrix.rank:
         branch = round(read * matrix.adapter_nbytes)
         moved = runs * (k + 2 * matrix.rank + n) * width // 8
         flops = 2 * runs * matrix.rank * (k + n)
-        yield Operator("adapters", Kind.ADAPTER, 1, flops, branch, moved, 0, 2, storage.adapter_bits, rows)
+        shape = n, k, matrix.rank
+        yield Operator("adapters", Kind.ADAPTER, 1, flops, branch, moved, 0, 2, storage.adapter_bits, rows, shape)
         yield Operator("adapters: sum", Kind.ELEMENTWISE, 1, runs * n, 0, 3 * runs * n * width // 8, 0, 1, 0, rows)
 
 
@@ -300,6 +302,7 @@ def _merged(ops: Iterable[Operator]) -> tuple[Operator, ...]:
     """Equal operators counted together, in the order of their first."""
     found: dict[tuple[object, ...], tuple[Operator, int]] = {}
     for op in ops:
-        key = (op.name, op.flops, op.weight_nbytes, op.activation_nbytes, op.kv_nbytes, op.launches, op.bits, op.tokens)
+        moved = op.weight_nbytes, op.activation_nbytes, op.kv_nbytes
+        key = (op.name, op.flops, moved, op.launches, op.bits, op.tokens, op.shape)
         found[key] = op, found.get(key, (op, 0))[1] + op.count
     return tuple(op if op.count == count else replace(op, count=count) for op, count in found.values())

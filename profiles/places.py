@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rlkit.export.targets import target_named
+from rlkit.profiles.efficiency import Table
 from rlkit.profiles.hardware import Device, Unit
 from rlkit.profiles.machine import Machine
+from rlkit.profiles.measured import Measured
 from rlkit.profiles.operators import NAMED, Cache, Options, Storage
 from rlkit.profiles.rates import Calibrated, Peaks, Rates
 from rlkit.recover.recipe import Recipe, Rule
@@ -82,10 +84,14 @@ def cache_named(name: str | None, default: Cache) -> Cache:
     return CACHES[name]
 
 
-def of_unit(device: Device, unit: Unit) -> Place:
-    """A unit of a registered device, calibrated if it was; ValueError if too little is known of it."""
+def of_unit(device: Device, unit: Unit, table: Table | None = None) -> Place:
+    """A unit of a registered device, calibrated if it was; `table` is what `rlkit calibrate` left of this machine.
+
+    Raises ValueError if too little is known of the unit.
+    """
     try:
         rates: Rates = Calibrated.of_unit(unit) if unit.calibrated else Peaks.of_unit(unit)
+        rates = rates if table is None else Measured(table, Peaks.of_unit(unit))
     except ValueError as error:
         raise ValueError(f"{device.name}: {error}") from error
     return Place(

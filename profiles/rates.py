@@ -3,9 +3,9 @@
     compute   FLOPs / (peak * share)     memory   bytes / (bandwidth * share)     dispatch   launches * dispatch
     seconds   max(compute, memory) + dispatch
 
-`Peaks` takes every share as 1, so its times are bounds and labelled uncalibrated. `Calibrated` has the shares that
-short runs of single operators reached on the unit, class by class. What neither knows: operators that overlap, clocks
-that fall under load, and other work on the same memory.
+`Peaks` takes every share as 1, so its times are bounds and labelled uncalibrated. `Calibrated` has the shares that a
+device file gives for each class of operators; `profiles.measured` looks up what this machine took. What none of them
+knows: operators that overlap, clocks that fall under load, and other work on the same memory.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ UNCALIBRATED, CALIBRATED = "uncalibrated", "calibrated"
 TYPES = {"cpu": ("fp32", "int8"), "igpu": ("fp16", "fp16"), "gpu": ("fp16", "fp16"), "npu": ("bf16", "bf16")}
 PRODUCTS = (Kind.LINEAR, Kind.EXPERTS, Kind.ADAPTER)
 PACKED_BITS = 8  # the widest codes
+STRAIGHT = 1e-5
 
 
 class Spent(NamedTuple):
@@ -59,6 +60,30 @@ class Rates(Protocol):
     @property
     def bytes_per_s(self) -> float:
         """What the baseline bytes / bandwidth divides by."""
+        ...
+
+    @property
+    def dispatch_seconds(self) -> float:
+        """What starting an operator takes; 0 if that is not known."""
+        ...
+
+    @property
+    def prompt_seconds(self) -> float:
+        """What a reply takes beside the model up to its first token."""
+        ...
+
+    @property
+    def token_seconds(self) -> float:
+        """What a token takes beside the model."""
+        ...
+
+    @property
+    def straight(self) -> float:
+        """How far from the line between them times may be at depths between two others, as a share."""
+        ...
+
+    def fitted(self, streamed_nbytes: float, vocab: int, layers: int) -> Rates:
+        """These rates for a model of which a decode step reads so much."""
         ...
 
     @property
@@ -137,6 +162,22 @@ class Peaks:
     def label(self) -> str:
         """Uncalibrated: no kernel reaches its peak."""
         return UNCALIBRATED
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Unknown, counted as 0."""
+        return 0.0
+
+    token_seconds = prompt_seconds
+
+    @property
+    def straight(self) -> float:
+        """Bounds are straight but for windows and changes from one bound to the other."""
+        return STRAIGHT
+
+    def fitted(self, streamed_nbytes: float, vocab: int, layers: int) -> Peaks:
+        """The same for every model."""
+        return self
 
     @property
     def roofs(self) -> dict[str, float]:
@@ -230,6 +271,27 @@ class Calibrated:
     def label(self) -> str:
         """Calibrated."""
         return CALIBRATED
+
+    @property
+    def dispatch_seconds(self) -> float:
+        """As the device file says."""
+        return self.peaks.dispatch_seconds
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Unknown, counted as 0."""
+        return 0.0
+
+    token_seconds = prompt_seconds
+
+    @property
+    def straight(self) -> float:
+        """As straight as the peaks'."""
+        return STRAIGHT
+
+    def fitted(self, streamed_nbytes: float, vocab: int, layers: int) -> Calibrated:
+        """The same for every model."""
+        return self
 
     @property
     def bytes_per_s(self) -> float:

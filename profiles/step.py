@@ -25,6 +25,8 @@ class Operator:
     """One operator that runs `count` times in a step; FLOPs, bytes and launches are of one run.
 
     `bits` is the width of its weights' codes, or of the cache's numbers for attention; `tokens` how many rows it has.
+    `shape`, for those who look measurements up: (n, k, group) of a product, (n, k, rank) of an adapter, (new tokens,
+    past tokens it sees, heads, KV heads, head size) of attention.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Operator:
     launches: int = 1
     bits: int = 0
     tokens: int = 1
+    shape: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:

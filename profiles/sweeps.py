@@ -65,15 +65,21 @@ class Sweep:
         """The points that have numbers, by what they differ in besides `axis`: "w4", or "w4, chunks of 256"."""
         found: dict[str, list[Point]] = {}
         for point in self.points:
-            if point.refused:
-                continue
-            words = [point.recipe]
-            if "contexts" in self.axes and axis != "contexts":
-                words.append(f"{point.context:,} tokens")
-            if "chunks" in self.axes and axis != "chunks":
-                words.append(f"chunks of {point.chunk}" if point.chunk else "whole prompts")
-            found.setdefault(", ".join(words), []).append(point)
+            if not point.refused:
+                found.setdefault(self._name(point, axis), []).append(point)
         return found
+
+    def names(self) -> dict[int, str]:
+        """What each point that has numbers is, by its place."""
+        return {place: self._name(point) for place, point in enumerate(self.points) if not point.refused}
+
+    def _name(self, point: Point, axis: str = "") -> str:
+        words = [point.recipe]
+        if "contexts" in self.axes and axis != "contexts":
+            words.append(f"{point.context:,} tokens")
+        if "chunks" in self.axes and axis != "chunks":
+            words.append(f"chunks of {point.chunk}" if point.chunk else "whole prompts")
+        return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; points as columns."""
