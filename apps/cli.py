@@ -51,7 +51,7 @@ COMMANDS = {
     "chat": Command("rlkit.apps.talk:chat", "Talk with a bundle in the terminal.", "Use"),
     "bench": Command("rlkit.apps.measure:bench", "Measure time to first token, tokens/s and memory.", "Know"),
     "calibrate": Command("rlkit.apps.calibrate:calibrate", "Measure this machine, for forecasts.", "Know"),
-    "devices": Command("rlkit.apps.devices:devices", "What is known of processors, each number with its source.", "Know"),
+    "devices": Command("rlkit.apps.devices:devices", "What is known of processors, with every source.", "Know"),
     "forecast": Command("rlkit.apps.forecast:forecast", "Forecast speed, memory and energy on a device.", "Know"),
 }
 
