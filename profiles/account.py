@@ -31,6 +31,7 @@ from rlkit.profiles.places import Place
 from rlkit.profiles.rates import STRAIGHT, Rates
 from rlkit.recover.recipe import Recipe
 
+KEPT = 64  # accounts: over chunk sizes decoding stays the same, over contexts nothing does
 LOOP = "beside the model"  # the row of what a reply and a token take there
 
 
@@ -130,12 +131,20 @@ class Model:
         self.matrices, self.stored_nbytes = self.weights.matrices, self.weights.stored_nbytes
         self._read_nbytes = self.weights.streamed_nbytes
         self._fits: dict[int, Rates] = {}
+        self._made: dict[tuple[int, ...], Account] = {}
         self._fixed: dict[tuple[int, int, int, int], dict[str, Amounts]] = {}
         self.rates = self._rates(self._size(0, 1))
 
-    def account(self, new_tokens: int, pasts: Sequence[int], logits: int = 1, batch: int = 1) -> dict[str, Amounts]:
+    def account(self, new_tokens: int, pasts: Sequence[int], logits: int = 1, batch: int = 1) -> Account:
         """What passes of `new_tokens` after each of `pasts` cost together; `pasts` are evenly spaced."""
+        key = new_tokens, pasts[0], pasts[-1], len(pasts), logits, batch
+        if key not in self._made:
+            if len(self._made) >= KEPT:
+                self._made.clear()
+            self._made[key] = self._account(new_tokens, pasts, logits, batch)
+        return self._made[key]
 
+    def _account(self, new_tokens: int, pasts: Sequence[int], logits: int, batch: int) -> dict[str, Amounts]:
         def looking_back(past: int) -> dict[str, Amounts]:
             step = Step(new_tokens, past, logits, batch)
             about = self.architecture, self.weights, self.place.storage

@@ -210,7 +210,9 @@ def forecast_model(model: Model, workload: Workload, *, prefill: Model | None = 
         recipe=model.recipe,
         workload=workload,
         prefill=Phase(first.place, costs(read)),
-        decode=Phase(model.place, costs(model.account(1, pasts[:1], 1, batch) | beside(model.rates.token_seconds))),
+        decode=Phase(
+            model.place, costs({**model.account(1, pasts[:1], 1, batch), **beside(model.rates.token_seconds)})
+        ),
         roofline=roofline,
         life=timing(life_ttft_seconds(read), life_tpot_seconds(mean)),
         baseline=timing(_prefill_baseline(first, workload), moved / model.place.rates.bytes_per_s),
@@ -240,7 +242,7 @@ def _prefill(model: Model, workload: Workload) -> Account:
     if rest:
         last = model.account(rest, (whole * size,), rest if every else 1, batch)
         found = {name: Amounts(*(a + b for a, b in zip(row, last[name], strict=True))) for name, row in found.items()}
-    return found | beside(model.rates.prompt_seconds)
+    return {**found, **beside(model.rates.prompt_seconds)}
 
 
 def _prefill_baseline(model: Model, workload: Workload) -> float:

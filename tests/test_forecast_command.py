@@ -14,11 +14,15 @@ import configs
 from rlkit.apps import cli
 from rlkit.apps import forecast as command
 from rlkit.profiles import device as devices
+from rlkit.profiles import efficiency, here
+from rlkit.profiles.account import LOOP
 from rlkit.profiles.architecture import Architecture, of_config
 from rlkit.profiles.hardware import Device, Efficiency, Memory, Unit, Value
 from rlkit.profiles.machine import Machine
 from rlkit.profiles.sweeps import Sweep
 from rlkit.recover import recipe
+from test_efficiency import PEAKS as PEAKS_OF_TABLE
+from test_efficiency import TABLE
 
 PEAKS = ("--bandwidth", "40", "--gflops", "200")
 IGPU = ("--device", "hx370:igpu")
@@ -132,6 +136,22 @@ def test_without_a_device_the_calibrated_entry_is_taken(config: str, capsys: pyt
     devices.save(here, devices.here_path())
     made = _json(capsys, config)
     assert made["label"] == "calibrated" and made["decode"]["place"] == "here:cpu"
+
+
+def test_the_table_of_the_calibration_is_used(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def value(number: float, unit: str) -> Value:
+        return Value(number, unit, "rlkit calibrate", "2026-11-22", "measured")
+
+    peaks = {"fp32": value(PEAKS_OF_TABLE.flops_per_s, "FLOP/s")}
+    memory = Memory("DDR", value(PEAKS_OF_TABLE.bytes_per_s, "B/s"))
+    devices.save(Device("here", "This machine", {"cpu": Unit("cpu", peaks=peaks)}, (memory,)), devices.here_path())
+    efficiency.save(TABLE, here.table_path(devices.here_path()))
+    made = _json(capsys, config, "--recipe", "w4")
+    assert made["label"] == "calibrated" and made["decode"]["operators"][-1]["name"] == LOOP
+    assert _json(capsys, config, *IGPU)["label"] == "uncalibrated"
+    here.table_path(devices.here_path()).write_text('{"schema_version": 99}')
+    assert cli.run(["forecast", config]) == 2
+    assert "schema_version 99" in capsys.readouterr().err
 
 
 def test_a_users_own_device(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
