@@ -14,6 +14,7 @@ from rlkit.apps import demo, heldout
 from rlkit.apps.results import bundle_of, checkpoint_of
 from rlkit.export.build import export_bundle
 from rlkit.profiles import report
+from rlkit.profiles.divergence import compare, live
 from rlkit.recover.checkpoint import load_checkpoint
 from rlkit.recover.model import logits_fn
 from rlkit.runtime.session import open_session
@@ -65,8 +66,8 @@ def test_without_int8_activations_file_and_checkpoint_are_one(out: Path, tmp_pat
     checkpoint = checkpoint_of(out, demo.RECIPES[-1])
     bundle = export_bundle(checkpoint, tmp_path / "exact", accuracy_level=0)
     model, _tokenizer = load_checkpoint(checkpoint)
-    held_out = heldout.HeldOut(Path("unused"), out / "held-out", "unused")
-    found = held_out.agreement(logits_fn(model), open_session(bundle).logits)
+    batches = heldout.HeldOut(Path("unused"), out / "held-out", "unused").batches()
+    found = compare(live(logits_fn(model), batches), open_session(bundle).logits, batches)
     assert found.kl_mean <= 1e-4
     assert found.top1_agreement >= 0.999
 
