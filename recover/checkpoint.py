@@ -56,6 +56,7 @@ def write_checkpoint(
     for name, quantized in recovered.quantized.items():  # read from disk one by one, here and when they are written
         schemes[name] = quantized.scheme
         entries += _packed(name, quantized, recovered.quantized)
+        del quantized  # the last one is the largest
     if model.config.tie_word_embeddings and "lm_head" in recovered.quantized:
         entries.append(_table(recovered.quantized))
     need_space(folder, sum(entry.nbytes for entry in entries) + 64_000_000)

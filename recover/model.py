@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rlkit.recover.ggufconfig import rope_parameters
 from rlkit.recover.ggufheader import read_header
-from rlkit.recover.memory import map_large_blocks
+from rlkit.recover.memory import give_back, map_large_blocks
 from rlkit.recover.source import Source, SourceKind, read_shape
 
 Array = NDArray[Any]
@@ -133,6 +133,14 @@ def set_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None
     modules = linears(model)
     for name, weight in weights:
         modules[name].weight.copy_(weight)
+
+
+def drop_matrices(model: Any) -> None:
+    """Give back the memory of linears and embeddings of a model that only its configuration is needed of."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.to("meta")
+    give_back()
 
 
 def fast_dtype() -> torch.dtype:

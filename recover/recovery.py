@@ -33,7 +33,15 @@ from rlkit.recover.checkpoint import SCHEMA_VERSION, write_checkpoint
 from rlkit.recover.corpus import Corpus
 from rlkit.recover.distill import Distillation
 from rlkit.recover.memory import peak_nbytes
-from rlkit.recover.model import FLOAT32_PARAMETERS, check_weights, fast_dtype, linears, load_model, logits_fn
+from rlkit.recover.model import (
+    FLOAT32_PARAMETERS,
+    check_weights,
+    drop_matrices,
+    fast_dtype,
+    linears,
+    load_model,
+    logits_fn,
+)
 from rlkit.recover.placement import Placement
 from rlkit.recover.progress import Tell, silent
 from rlkit.recover.recipe import Recipe, Scheme
@@ -137,8 +145,10 @@ def recover(  # noqa: PLR0913, a job and where its parts lie
         facts = {"source": record.source_facts(source, model), **said}
         if found is not None:
             facts["auto"] = {"rows": found.rows, "figures": found.figures}
+        outcome = bench.outcome()
+        drop_matrices(model)  # what is written is read from what was kept
         with fresh_folder(out, force=force) as folder:
-            write_checkpoint(folder, bench.outcome(), model, tokenizer, recipe, facts)
+            write_checkpoint(folder, outcome, model, tokenizer, recipe, facts)
             facts = {"schema_version": SCHEMA_VERSION, **facts, "peak_nbytes": peak_nbytes()}
             write_json(folder / "recovery.json", facts)  # once more, as writing takes memory too
     team.wait()  # the others must not read what is removed now
