@@ -50,6 +50,9 @@ def load_model(source: Source) -> tuple[Any, Any]:
         except (OSError, KeyError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"{source.reference} cannot be loaded: {first}; fetch it again or name another") from error
+    if dtype == "auto":  # tensors of a file share its mapped memory, which would stay until the last of them goes
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     if source.gguf_file:
         _forget_gguf(model)
         _turn_as_written(model, source)
