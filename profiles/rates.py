@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 from rlkit.profiles.hardware import Efficiency, Unit, Value
 from rlkit.profiles.machine import Machine
@@ -105,8 +105,30 @@ class Rates(Protocol):
         ...
 
 
+class Bounds:
+    """What rates have in common that are made of peaks: the same for every model, which is all they count."""
+
+    __slots__ = ()
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Unknown, counted as 0."""
+        return 0.0
+
+    token_seconds = prompt_seconds
+
+    @property
+    def straight(self) -> float:
+        """Bounds are straight but for windows and changes from one bound to the other."""
+        return STRAIGHT
+
+    def fitted(self, streamed_nbytes: float, vocab: int, layers: int) -> Self:
+        """The same for every model."""
+        return self
+
+
 @dataclass(frozen=True, slots=True)
-class Peaks:
+class Peaks(Bounds):
     """Peaks and bandwidth, reached in full; `packed_flops_per_s` of None: products of packed weights run like floats.
 
     `roof` and `packed_roof` name the two rates in charts; `notes` are further sentences about where they are from.
@@ -162,22 +184,6 @@ class Peaks:
     def label(self) -> str:
         """Uncalibrated: no kernel reaches its peak."""
         return UNCALIBRATED
-
-    @property
-    def prompt_seconds(self) -> float:
-        """Unknown, counted as 0."""
-        return 0.0
-
-    token_seconds = prompt_seconds
-
-    @property
-    def straight(self) -> float:
-        """Bounds are straight but for windows and changes from one bound to the other."""
-        return STRAIGHT
-
-    def fitted(self, streamed_nbytes: float, vocab: int, layers: int) -> Peaks:
-        """The same for every model."""
-        return self
 
     @property
     def roofs(self) -> dict[str, float]:
@@ -253,7 +259,7 @@ LIKE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
+class Calibrated(Bounds):
     """A unit whose efficiencies were measured: peaks, and by class of operators the share of them that was reached."""
 
     peaks: Peaks
@@ -276,22 +282,6 @@ class Calibrated:
     def dispatch_seconds(self) -> float:
         """As the device file says."""
         return self.peaks.dispatch_seconds
-
-    @property
-    def prompt_seconds(self) -> float:
-        """Unknown, counted as 0."""
-        return 0.0
-
-    token_seconds = prompt_seconds
-
-    @property
-    def straight(self) -> float:
-        """As straight as the peaks'."""
-        return STRAIGHT
-
-    def fitted(self, streamed_nbytes: float, vocab: int, layers: int) -> Calibrated:
-        """The same for every model."""
-        return self
 
     @property
     def bytes_per_s(self) -> float:
