@@ -9,7 +9,7 @@ what the largest of them needs. Everything works offline: the source folder hold
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,7 +17,6 @@ import onnx_ir as ir
 
 from rlkit.export import adapters as adapter_files
 from rlkit.export import bundle, fill, graph, lint, offsets, passes, skeleton, write
-from rlkit.export.adapters import LowRank, Slot
 from rlkit.export.inventory import Adapter, Inventory, adapter_tensor
 from rlkit.export.plan import Plan
 from rlkit.export.request import Options, Request, found
@@ -61,7 +60,7 @@ def export_bundle(
         builder_options = _builder_options(store.inventory, plan.target)
         made = skeleton.make_skeleton(store, plan.target, builder_options, Path(scratch), tell)
         _finish_graph(made.model, store, plan, request, model.path)
-        slots = _adapter_inputs(made.model, peft)
+        slots = adapter_files.add_inputs(made.model, adapter_files.wanted_modules(peft))
         findings, digest = _write(made.model, work, plan, request, tell)
         files = [adapter_files.write_adapter(work, name, low_ranks, slots) for name, low_ranks in peft.items()]
         parts = bundle.Parts(
@@ -77,14 +76,6 @@ def export_bundle(
         )
         bundle.finish(parts, settings, measure=measure, tell=tell)
     return out
-
-
-def _adapter_inputs(model: ir.Model, peft: Mapping[str, Mapping[str, LowRank]]) -> list[Slot]:
-    """Inputs for every module that one of the adapters changes."""
-    modules = {
-        module: (part.a.shape[1], part.b.shape[0]) for adapter in peft.values() for module, part in adapter.items()
-    }
-    return adapter_files.add_inputs(model, modules) if modules else []
 
 
 def _builder_options(inventory: Inventory, target: Target) -> dict[str, str]:
@@ -152,11 +143,11 @@ def _write(model: ir.Model, work: Path, plan: Plan, request: Request, tell: Tell
 
     Returns how many nodes lint faults, and the SHA-256 of the constants.
     """
-    digest = write.write(model, work / bundle.MODEL, tell=tell)
+    digest = write.write_constants(model, work / bundle.MODEL, tell=tell)
     if request.logits == "last":
         write.write_graph(model, work / bundle.ALL_LOGITS)
         passes.keep_last_logits(model)
-        write.write_graph(model, work / bundle.MODEL)
+    write.write_graph(model, work / bundle.MODEL)
     findings = lint.lint_file(work / bundle.MODEL, target=plan.target.name)
     tell(Progress("lint", 1, 1, f"{len(findings)} findings"))
     if findings and not (plan.exact or request.allow_slow):

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rlkit.export.graph import module_of
+from rlkit.export.graph import constant, module_of
 from rlkit.export.inventory import EMBEDDING, Inventory
 from rlkit.export.matrix import Matrix, stack
 from rlkit.export.plan import Plan
@@ -167,9 +167,7 @@ def _look_up(model: ir.Model, node: ir.Node, constants: list[ir.Value | None], b
     assert qweight is not None and qweight.shape is not None
     n, groups, width = qweight.shape.numpy()
     name = "/model/embed_tokens"
-    size = ir.tensor(np.array([n, groups * width], np.int64), name="model.embed_tokens.sizes")
-    shape = ir.Value(name=size.name, type=ir.TensorType(size.dtype), shape=ir.Shape([2]), const_value=size)
-    model.graph.register_initializer(shape)
+    shape = constant(model, np.array([n, groups * width], np.int64), "model.embed_tokens.sizes")
     flat = ir.node("Reshape", [qweight, shape], name=f"{name}/Reshape")
     flat.outputs[0].name = f"{name}/Reshape/output_0"
     attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}

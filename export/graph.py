@@ -1,4 +1,4 @@
-"""Passes over the builder's graph, and the file they are written to.
+"""The builder's graph: its names, what is added to it, what it stores.
 
 The builder calls the node of module `model.layers.3.self_attn.o_proj` `/model/layers.3/attn/o_proj/MatMulNBits` and its
 constants `model.layers.3.attn.o_proj.MatMulNBits.{qweight,scales,qzeros}`.
@@ -9,7 +9,7 @@ An adapted linear becomes
         +-- MatMulNBits (A, 8-bit) -- MatMulNBits (B * scale, 8-bit) --+
 
 in symmetric 8-bit blocks without zero points, on the grid of `packing.snap8`; as two float MatMuls where the sizes do
-not split into blocks. Tensors stay in the builder's file, memory-mapped, until the new file is written.
+not split into blocks.
 """
 
 from __future__ import annotations
@@ -54,12 +54,6 @@ def load(path: Path) -> ir.Model:
     return ir.load(path)
 
 
-def save(model: ir.Model, path: Path) -> None:
-    """Write `path` and, beside it, all its tensors in `path` + .data."""
-    model.graph.sort()
-    ir.save(model, path, external_data=path.name + ".data")
-
-
 def matmul_nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every MatMulNBits node."""
     return (node for node in model.graph if node.op_type == "MatMulNBits")
@@ -94,7 +88,7 @@ def add_adapter(
     else:
         down = _snapped_product(model, x, packing.snap8(a), 1.0, f"{base}/lora_A", level)
         up = _snapped_product(model, down, packing.snap8(b), adapter.scale, f"{base}/lora_B", level)
-    _add_to(model, node.outputs[0], up, f"{base}/lora_Add")
+    add_to(model, node.outputs[0], up, f"{base}/lora_Add")
 
 
 def stored_tensors(model: ir.Model) -> list[StoredTensor]:
@@ -124,11 +118,11 @@ def _snapped_product(
     n, k = snapped.codes.shape
     constants = {
         "qweight": packing.blocks(snapped.codes, 8, snapped.block),
-        "scales": snapped.scales * np.float32(scale),  # the codes stay as they are, whatever alpha / r is
+        # the codes stay as they are, whatever alpha / r is
+        "scales": (snapped.scales * np.float32(scale)).astype(_kind(x).numpy()),
     }
-    constants["scales"] = constants["scales"].astype(_kind(x).numpy())
     prefix = f"{name.strip('/').replace('/', '.')}.MatMulNBits"
-    inputs = [x, *(_constant(model, value, f"{prefix}.{part}") for part, value in constants.items())]
+    inputs = [x, *(constant(model, value, f"{prefix}.{part}") for part, value in constants.items())]
     attributes = {"K": k, "N": n, "bits": 8, "block_size": snapped.block, "accuracy_level": level}
     return _append(
         model,
@@ -140,8 +134,8 @@ def _snapped_product(
 
 def _float_product(model: ir.Model, x: ir.Value | None, weight: NDArray[np.float32], name: str) -> ir.Value:
     transposed = np.ascontiguousarray(weight.T.astype(_kind(x).numpy()))
-    constant = _constant(model, transposed, f"{name.strip('/').replace('/', '.')}.MatMul.weight")
-    return _append(model, ir.node("MatMul", [x, constant], outputs=[_like(x, weight.shape[0], f"{name}/MatMul")]))
+    value = constant(model, transposed, f"{name.strip('/').replace('/', '.')}.MatMul.weight")
+    return _append(model, ir.node("MatMul", [x, value], outputs=[_like(x, weight.shape[0], f"{name}/MatMul")]))
 
 
 def _append(model: ir.Model, node: ir.Node) -> ir.Value:
@@ -151,7 +145,8 @@ def _append(model: ir.Model, node: ir.Node) -> ir.Value:
     return output
 
 
-def _add_to(model: ir.Model, y: ir.Value, branch: ir.Value, name: str) -> None:
+def add_to(model: ir.Model, y: ir.Value, branch: ir.Value, name: str) -> None:
+    """Add the result of a branch to `y`, for every reader of `y` and as a result of the graph."""
     total = ir.Value(name=f"{name}/output_0", type=y.type, shape=y.shape)
     readers = [(use.node, use.idx) for use in y.uses()]
     is_output = y.is_graph_output()
@@ -163,7 +158,8 @@ def _add_to(model: ir.Model, y: ir.Value, branch: ir.Value, name: str) -> None:
         total.name, y.name = y.name, f"{name}/input_0"
 
 
-def _constant(model: ir.Model, array: NDArray[Any], name: str) -> ir.Value:
+def constant(model: ir.Model, array: NDArray[Any], name: str) -> ir.Value:
+    """Register an array as a constant of the graph."""
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
     model.graph.register_initializer(value)

@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rlkit.export import graph
 from rlkit.export.fill import Part, parts_of
-from rlkit.export.graph import module_of
 from rlkit.export.inventory import Inventory
 
 Read = Callable[[str], NDArray[np.float32] | None]
@@ -36,7 +36,7 @@ def add_offsets(model: ir.Model, inventory: Inventory, modules: frozenset[str], 
     for node in list(model.graph):
         if node.op_type != "MatMulNBits":
             continue
-        parts = parts_of(inventory, module_of(node.name or ""))
+        parts = parts_of(inventory, graph.module_of(node.name or ""))
         held = {part.module for part in parts} & modules
         if held:
             _add_branch(model, node, _Stack(inventory, parts, read), sums)
@@ -82,20 +82,13 @@ def _add_branch(model: ir.Model, node: ir.Node, stack: _Stack, sums: dict[tuple[
     weight = ir.Value(name=name, type=ir.TensorType(kind), shape=tensor.shape, const_value=tensor)
     model.graph.register_initializer(weight)
     branch = _node(model, "MatMul", [sums[key], weight], f"{base}/MatMul", y)
-    readers = [(use.node, use.idx) for use in y.uses()]
-    is_output = y.is_graph_output()
-    total = _node(model, "Add", [y, branch], f"{base}/Add", y)
-    for reader, index in readers:
-        reader.replace_input_with(index, total)
-    if is_output:
-        model.graph.outputs[list(model.graph.outputs).index(y)] = total
-        total.name, y.name = y.name, f"{base}/Add/input_0"
+    graph.add_to(model, y, branch, f"{base}/Add")
 
 
 def _sums(model: ir.Model, x: ir.Value, stack: _Stack, base: str, kind: ir.DataType) -> ir.Value:
     """The sum of every group of inputs: (batch, tokens, groups)."""
-    split = _constant(model, [0, 0, stack.groups, stack.group], f"{base}/split")  # 0 keeps a size as it is
-    last = _constant(model, [-1], f"{base}/last")
+    split = _whole(model, [0, 0, stack.groups, stack.group], f"{base}/split")  # 0 keeps a size as it is
+    last = _whole(model, [-1], f"{base}/last")
     grouped = _node(model, "Reshape", [x, split], f"{base}/Reshape", None, kind)
     summed = _node(model, "ReduceSum", [grouped, last], f"{base}/ReduceSum", None, kind)
     assert summed.producer() is not None
@@ -113,10 +106,5 @@ def _node(
     return output
 
 
-def _constant(model: ir.Model, values: list[int], name: str) -> ir.Value:
-    tensor = ir.tensor(np.array(values, np.int64), name=name.strip("/").replace("/", "."))
-    value = ir.Value(
-        name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(values)]), const_value=tensor
-    )
-    model.graph.register_initializer(value)
-    return value
+def _whole(model: ir.Model, values: list[int], name: str) -> ir.Value:
+    return graph.constant(model, np.array(values, np.int64), name.strip("/").replace("/", "."))

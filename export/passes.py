@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from rlkit.export.graph import module_of
+from rlkit.export.graph import constant, module_of
 
 HEAD = "/lm_head/"
 
@@ -19,9 +19,7 @@ def keep_last_logits(model: ir.Model) -> None:
     if node is None or node.inputs[0] is None:
         raise ValueError("the graph has no lm_head, so its last logits cannot be told apart; export with --logits all")
     hidden = node.inputs[0]
-    index = ir.tensor(np.array([-1], np.int64), name="lm_head.last")
-    last = ir.Value(name=index.name, type=ir.TensorType(index.dtype), shape=ir.Shape([1]), const_value=index)
-    model.graph.register_initializer(last)
+    last = constant(model, np.array([-1], np.int64), "lm_head.last")
     gather = ir.node("Gather", [hidden, last], {"axis": 1}, name="/lm_head/last/Gather")
     gather.outputs[0].name, gather.outputs[0].type = "/lm_head/last/Gather/output_0", hidden.type
     model.graph.append(gather)
@@ -58,9 +56,7 @@ def _join(model: ir.Model, gate: ir.Node, up: ir.Node) -> None:
     model.graph.initializers.add(whole)
     product = ir.node("MatMul", [gate.inputs[0], whole], name=f"{base}/gate_up_proj/MatMul")
     product.outputs[0].name, product.outputs[0].type = f"{base}/gate_up_proj/MatMul/output_0", gate.outputs[0].type
-    lengths = ir.tensor(np.array([left, right], np.int64), name=f"{name}.sizes")
-    sizes = ir.Value(name=lengths.name, type=ir.TensorType(lengths.dtype), shape=ir.Shape([2]), const_value=lengths)
-    model.graph.register_initializer(sizes)
+    sizes = constant(model, np.array([left, right], np.int64), f"{name}.sizes")
     inputs = [product.outputs[0], sizes]
     split = ir.node("Split", inputs, {"axis": -1}, num_outputs=2, name=f"{base}/gate_up_proj/Split")
     before = [gate.outputs[0], up.outputs[0]]

@@ -20,7 +20,7 @@ from rlkit.recover.source import ModelShape, Source, resolve
 SMALL_PARAMETERS, SMALL_GROUP = 1_000_000_000, 32
 ADAPTER_FORMS = ("branch", "files", "merged", "none")
 LOGITS = ("last", "all")
-FUSED_ON = ("cpu",)  # devices on which gate and up as one product was measured (apps/benchmarks/export.py)
+FUSED_ON = ("cpu",)  # devices on which gate and up as one product was measured: docs/log.md
 
 
 class Options(TypedDict, total=False):

@@ -190,8 +190,6 @@ class Rounded:
             n, k = inventory.float_matrix(module)
             packed[module] = Packed(module, n, k, scheme.bits, scheme.group)
         gone = {f"{module}.weight" for module in self._schemes}
-        if inventory.shape.tied and "lm_head" in self._schemes:
-            gone.discard("lm_head.weight")
         floats = {name: shape for name, shape in inventory.floats.items() if name not in gone}
         self.inventory = replace(inventory, packed=packed, floats=floats)
 

@@ -21,7 +21,14 @@ INLINE_UP_TO = 256  # bytes
 
 
 def write(model: ir.Model, path: Path, *, tell: Tell = silent) -> str:
-    """Write `path` and, beside it, all constants in `path` + .data; afterwards they are mapped from there.
+    """Write a graph's constants and the graph; returns the SHA-256 of the data file."""
+    digest = write_constants(model, path, tell=tell)
+    write_graph(model, path)
+    return digest
+
+
+def write_constants(model: ir.Model, path: Path, *, tell: Tell = silent) -> str:
+    """Write all constants into `path` + .data, for graphs beside it; afterwards they are mapped from there.
 
     Returns the SHA-256 of the data file, which is taken while the next constant is loaded and written.
     """
@@ -53,7 +60,6 @@ def write(model: ir.Model, path: Path, *, tell: Tell = silent) -> str:
             del raw, tensor
             tell(Progress("write", done, total))
     tell(Progress("write", total, total))
-    write_graph(model, path)
     return digest.hex
 
 
