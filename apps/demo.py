@@ -167,11 +167,11 @@ def _export(out: Path, recipe: str, tell: Tell) -> None:
 
 def _chat(out: Path, _tell: Tell) -> None:
     from rlkit.runtime.chat import Chat
-    from rlkit.runtime.session import open_session
+    from rlkit.runtime.session import open_bundle
 
     bundle = bundle_of(out, RECIPES[-1])
     said = []
-    for token in Chat(open_session(bundle)).reply(PROMPT, max_new_tokens=64):
+    for token in Chat(open_bundle(bundle)).reply(PROMPT, max_new_tokens=64):
         said.append(token.text)
     write_json(out / "chat.json", {"prompt": PROMPT, "reply": "".join(said), "bundle": bundle.name})
 

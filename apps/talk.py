@@ -15,7 +15,7 @@ import typer
 
 from rlkit.apps import console
 from rlkit.runtime.chat import Chat, Message, Speed, prompt_ids, speed
-from rlkit.runtime.session import Sampling, Token, open_session
+from rlkit.runtime.session import Sampling, Token, open_bundle
 
 HELP = (
     "/clear forgets the conversation, /stats says how fast the last reply came, /adapter NAME or none changes the"
@@ -55,7 +55,7 @@ def run(  # noqa: PLR0913, one parameter per option of the command
     if not text.strip():
         raise ValueError("the prompt is empty; say something")
     Sampling(temperature, seed=seed)  # complains before the model is loaded
-    session = open_session(bundle, threads=threads)
+    session = open_bundle(bundle, threads=threads)
     ids = session.encode(text) if raw else prompt_ids(session, _messages(system, text))
     tokens: list[Token] = []
     for token in session.generate(ids, max_new_tokens, temperature=temperature, seed=seed, adapter=adapter):
@@ -87,7 +87,7 @@ def chat(  # noqa: PLR0913, one parameter per option of the command
     Example: rlkit chat ./bundle --system "Answer in one sentence."
     """
     sampling = Sampling(temperature, seed=seed)
-    session = open_session(bundle, threads=threads)
+    session = open_bundle(bundle, threads=threads)
     talk = Chat(session, system=system, adapter=adapter)
     if sys.stdin.isatty():
         console.say(f"{bundle}: context of {session.context_length} tokens, {session.threads} threads")

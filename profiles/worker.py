@@ -155,7 +155,7 @@ def _names(bundles: Sequence[Path]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Load the bundle and answer requests on standard input."""
     from rlkit.runtime.clocked import Clocked
-    from rlkit.runtime.session import open_session
+    from rlkit.runtime.session import open_bundle
 
     # The runtime may print; only answers may reach the pipe, so everything else goes to standard error.
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -166,7 +166,7 @@ def main(argv: Sequence[str]) -> None:
 
     bundle, device, threads = argv
     try:
-        session = open_session(Path(bundle), device=device, threads=int(threads) or None)
+        session = open_bundle(Path(bundle), device=device, threads=int(threads) or None)
 
         clocked = Clocked(session)
 

@@ -3,7 +3,7 @@
 Tokens come from onnxruntime-genai; logits for measuring accuracy from a plain onnxruntime session over the same file
 with the same options, opened when first asked for. Both hold the weights, so a process that does both has them twice.
 
-    session = open_session(Path("bundle"))
+    session = open_bundle(Path("bundle"))
     for token in session.generate(session.encode("The capital of France is"), 16):
         print(token.text, end="", flush=True)
 
@@ -69,7 +69,7 @@ class Sampling:
 
 
 class Session:
-    """An open bundle; make one with `open_session`. Not for use by two threads at once."""
+    """An open bundle; make one with `open_bundle`. Not for use by two threads at once."""
 
     def __init__(
         self, folder: Path, config: dict[str, Any], manifest: dict[str, Any], threads: int | None, device: str = "cpu"
@@ -287,7 +287,7 @@ class Session:
         return {str(name).lower() for entry in options for name in entry}
 
 
-def open_session(bundle: Path, *, device: str = "cpu", threads: int | None = None) -> Session:
+def open_bundle(bundle: Path, *, device: str = "cpu", threads: int | None = None) -> Session:
     """Open a bundle folder on a device; `threads` None means what the bundle says, within this process's cores.
 
     Raises FileNotFoundError or ValueError, one line with the remedy: no bundle, a damaged one, another device.

@@ -22,7 +22,7 @@ from rlkit.export import adapters, graph, write
 from rlkit.export.adapters import LowRank, Slot
 from rlkit.export.build import export_bundle
 from rlkit.recover import recipe
-from rlkit.runtime.session import Session, Token, open_session
+from rlkit.runtime.session import Session, Token, open_bundle
 
 # peft asks transformers 5 the old way
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -95,7 +95,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def session(world: World) -> Session:
-    return open_session(world.bundle)
+    return open_bundle(world.bundle)
 
 
 def ids_of(tokens: list[Token]) -> list[int]:
@@ -107,7 +107,7 @@ def greedy(session: Session, adapter: str | None, count: int = 8) -> list[int]:
 
 
 def test_without_an_adapter_nothing_changes(world: World, session: Session) -> None:
-    plain = open_session(world.plain)
+    plain = open_bundle(world.plain)
     np.testing.assert_allclose(session.logits(IDS), plain.logits(IDS), rtol=0, atol=1e-5)
     assert greedy(session, None) == greedy(plain, None)
     assert plain.adapters == ()
@@ -147,7 +147,7 @@ def test_adapters_are_switched_between_and_within_requests(session: Session) -> 
 
 
 def test_unloading_waits_for_the_reply(world: World) -> None:
-    session = open_session(world.bundle)
+    session = open_bundle(world.bundle)
     expected = greedy(session, "qv"), session.logits(IDS, "qv")
     reply = session.generate(PROMPT, 8, adapter="qv")
     next(reply)
@@ -193,7 +193,7 @@ def test_slots_are_read_back_from_the_file(world: World) -> None:
 
 def test_an_adapter_can_come_later(world: World, tmp_path: Path) -> None:
     bundle = shutil.copytree(world.bundle, tmp_path / "b")
-    session = open_session(bundle)
+    session = open_bundle(bundle)
     late = peft_folder(world.source, tmp_path / "late", "qv", seed=77)
     slots = adapters.read_slots(graph.load(bundle / "model.onnx"))
     written = adapters.write_adapter(bundle, "late", adapters.read_peft(late), slots)
@@ -267,8 +267,8 @@ def test_float_linears_and_a_head_take_adapters(tmp_path: Path) -> None:
     made = get_peft_model(tiny.LlamaForCausalLM.from_pretrained(source), config)
     made.save_pretrained(folder, save_embedding_layers=False)
     plain = export_bundle(checkpoint, tmp_path / "plain", accuracy_level=0)
-    session = open_session(with_inputs(plain, tmp_path / "b", {"head": folder}))
-    np.testing.assert_allclose(session.logits(IDS), open_session(plain).logits(IDS), rtol=0, atol=1e-5)
+    session = open_bundle(with_inputs(plain, tmp_path / "b", {"head": folder}))
+    np.testing.assert_allclose(session.logits(IDS), open_bundle(plain).logits(IDS), rtol=0, atol=1e-5)
     expected = tiny.logits(adapted(checkpoint, folder), IDS)
     np.testing.assert_allclose(session.logits(IDS, "head"), expected, rtol=0, atol=1e-3)
 
@@ -278,10 +278,10 @@ def test_adapters_in_the_graph_and_in_files_add_up(tmp_path: Path) -> None:
     checkpoint = tiny.checkpoint(source, tmp_path / "ckpt", tiny.W4W2)  # gate and up have branches
     plain = export_bundle(checkpoint, tmp_path / "plain", accuracy_level=0)
     folder = peft_folder(source, tmp_path / "peft", "every.linear")
-    session = open_session(with_inputs(plain, tmp_path / "b", {"more": folder}))
+    session = open_bundle(with_inputs(plain, tmp_path / "b", {"more": folder}))
     expected = tiny.logits(adapted(checkpoint, folder), IDS)
     np.testing.assert_allclose(session.logits(IDS, "more"), expected, rtol=0, atol=1e-3)
-    np.testing.assert_allclose(session.logits(IDS), open_session(plain).logits(IDS), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(session.logits(IDS), open_bundle(plain).logits(IDS), rtol=0, atol=1e-5)
 
 
 def half(model: ir.Model) -> ir.Model:
@@ -298,12 +298,12 @@ def half(model: ir.Model) -> ir.Model:
 def test_float16_graphs(world: World, tmp_path: Path) -> None:
     plain = shutil.copytree(world.plain, tmp_path / "half", ignore=shutil.ignore_patterns("*.onnx", "*.onnx.data"))
     write.write(half(whole_graph(world.plain)), plain / "model.onnx")
-    session = open_session(with_inputs(plain, tmp_path / "b", {"all": world.folders["every.linear"]}))
+    session = open_bundle(with_inputs(plain, tmp_path / "b", {"all": world.folders["every.linear"]}))
     assert {slot.dtype for slot in adapters.read_slots(graph.load(tmp_path / "b" / "model.onnx"))} == {"float16"}
     base, found = session.logits(IDS), session.logits(IDS, "all")
     assert base.dtype == found.dtype == np.float32
     # the runtime rounds to float16 in other places once a node is between two others
-    np.testing.assert_allclose(base, open_session(plain).logits(IDS), rtol=0, atol=0.005)
+    np.testing.assert_allclose(base, open_bundle(plain).logits(IDS), rtol=0, atol=0.005)
     for measured, model in (
         (base, tiny.dequantized(world.checkpoint)),
         (found, adapted(world.checkpoint, world.folders["every.linear"])),
@@ -450,7 +450,7 @@ def test_files_of_other_models_and_damaged_ones_are_named(world: World, tmp_path
     adapters.write_adapter(bundle, "stranger", {other: low_rank(k=128, n=256)}, slots)
     whole = (files / "qv.onnx_adapter").read_bytes()
     (files / "cut.onnx_adapter").write_bytes(whole[: len(whole) // 2])
-    session = open_session(bundle)
+    session = open_bundle(bundle)
     for use in (lambda name: session.logits(IDS, name), lambda name: next(session.generate(PROMPT, 2, adapter=name))):
         for name, says in (
             ("stranger", "adapter stranger does not fit .* it is of another model"),
@@ -459,4 +459,4 @@ def test_files_of_other_models_and_damaged_ones_are_named(world: World, tmp_path
             with pytest.raises(ValueError, match=says) as caught:
                 use(name)
             assert "\n" not in str(caught.value)
-    assert greedy(session, "qv") == greedy(open_session(world.bundle), "qv")
+    assert greedy(session, "qv") == greedy(open_bundle(world.bundle), "qv")

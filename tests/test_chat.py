@@ -10,7 +10,7 @@ import pytest
 import tiny
 from rlkit.export.build import export_bundle
 from rlkit.runtime.chat import Chat, Message, fit, prompt_ids, speed
-from rlkit.runtime.session import Sampling, Session, Token, open_session
+from rlkit.runtime.session import Sampling, Session, Token, open_bundle
 
 
 class Echo:
@@ -141,7 +141,7 @@ def test_roles_are_checked() -> None:
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     root = tmp_path_factory.mktemp("models")
-    return open_session(export_bundle(tiny.checkpoint(tiny.llama(root / "hf"), root / "ckpt"), root / "bundle"))
+    return open_bundle(export_bundle(tiny.checkpoint(tiny.llama(root / "hf"), root / "ckpt"), root / "bundle"))
 
 
 MESSAGES = [

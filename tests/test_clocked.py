@@ -11,7 +11,7 @@ import tiny
 from rlkit.export.build import export_bundle
 from rlkit.runtime import clocked
 from rlkit.runtime.clocked import Clocked
-from rlkit.runtime.session import Session, open_session
+from rlkit.runtime.session import Session, open_bundle
 
 FILL, PROMPT = list(range(20, 60)), [7, 8, 9]
 
@@ -20,7 +20,7 @@ FILL, PROMPT = list(range(20, 60)), [7, 8, 9]
 def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     root = tmp_path_factory.mktemp("clocked")
     checkpoint = tiny.checkpoint(tiny.llama(root / "hf"), root / "ckpt")
-    return open_session(export_bundle(checkpoint, root / "bundle", accuracy_level=0), threads=1)
+    return open_bundle(export_bundle(checkpoint, root / "bundle", accuracy_level=0), threads=1)
 
 
 def generated(timed: Clocked, count: int) -> list[int]:
@@ -68,5 +68,5 @@ def test_what_does_not_fit_is_refused(
 def test_another_provider_is_asked_for_and_never_replaced(session: Session) -> None:
     assert session.device == "cpu"
     with pytest.raises(ValueError, match=r"cannot be opened on dml: .*leave the provider out"):
-        open_session(Path(session.facts()["folder"]), device="dml")
+        open_bundle(Path(session.facts()["folder"]), device="dml")
     assert np.isfinite(session.logits(np.array([PROMPT]))).all()

@@ -18,7 +18,7 @@ from rlkit.export.plan import Plan, plan_recipe
 from rlkit.recover import recipe
 from rlkit.recover.progress import Progress
 from rlkit.recover.source import ModelShape
-from rlkit.runtime.session import open_session
+from rlkit.runtime.session import open_bundle
 
 QWEN3_4B = ModelShape("Qwen3ForCausalLM", 36, 2560, 9728, 32, 8, 128, 151936, True, 40960, True)
 OWN = ModelShape("LlamaForCausalLM", 2, 128, 256, 4, 2, 32, 512, True, 256, False)
@@ -162,7 +162,7 @@ def test_an_exported_folder_passes_lint_and_computes_on_the_cpu(tmp_path: Path) 
     npu.complete(made, planned(OWN, W4W2), OWN, findings=len(findings))
     ids = np.arange(3, 43, dtype=np.int64)[None]
     expected = tiny.logits(tiny.dequantized(checkpoint), ids)
-    session = open_session(made)
+    session = open_bundle(made)
     assert np.abs(session.logits(ids) - expected).max() < 0.02 * np.abs(expected).max()  # float16 and its norms
     tokens = [token.id for token in session.generate(ids[0].tolist(), 4)]
     assert tokens[0] == int(expected[0, -1].argmax())

@@ -17,7 +17,7 @@ from rlkit.profiles import report
 from rlkit.profiles.divergence import compare, live
 from rlkit.recover.checkpoint import load_checkpoint
 from rlkit.recover.model import logits_fn
-from rlkit.runtime.session import open_session
+from rlkit.runtime.session import open_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_without_int8_activations_file_and_checkpoint_are_one(out: Path, tmp_pat
     bundle = export_bundle(checkpoint, tmp_path / "exact", accuracy_level=0)
     model, _tokenizer = load_checkpoint(checkpoint)
     batches = heldout.HeldOut(Path("unused"), out / "held-out", "unused").batches()
-    found = compare(live(logits_fn(model), batches), open_session(bundle).logits, batches)
+    found = compare(live(logits_fn(model), batches), open_bundle(bundle).logits, batches)
     assert found.kl_mean <= 1e-4
     assert found.top1_agreement >= 0.999
 

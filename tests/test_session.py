@@ -16,7 +16,7 @@ import tiny
 from rlkit.export import graph, write
 from rlkit.export.build import export_bundle
 from rlkit.export.plan import default_threads
-from rlkit.runtime.session import Sampling, Session, Token, open_session
+from rlkit.runtime.session import Sampling, Session, Token, open_bundle
 
 TEXT = "the cat sat on the mat"
 
@@ -34,7 +34,7 @@ def bundle(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def session(bundle: Path) -> Session:
-    return open_session(bundle)
+    return open_bundle(bundle)
 
 
 def ids_of(tokens: list[Token]) -> list[int]:
@@ -78,10 +78,10 @@ def test_all_logits_come_from_the_graph_that_keeps_them(checkpoint: Path, sessio
     whole = export_bundle(checkpoint, tmp_path / "all", accuracy_level=0, logits="all")
     assert (last / "logits.onnx").is_file()
     assert not (whole / "logits.onnx").exists()
-    np.testing.assert_allclose(open_session(last).logits(ids), open_session(whole).logits(ids), atol=1e-5)
+    np.testing.assert_allclose(open_bundle(last).logits(ids), open_bundle(whole).logits(ids), atol=1e-5)
     (last / "logits.onnx").unlink()
     with pytest.raises(ValueError, match=r"only the last token's logits and has no logits\.onnx; export it with all"):
-        open_session(last).logits(ids)
+        open_bundle(last).logits(ids)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def for_dml(checkpoint: Path) -> Path:
 def test_a_bundle_for_a_gpu_runs_on_the_cpu_too(for_dml: Path, session: Session) -> None:
     """float16 inside and out, positions as an input, another provider's options."""
     ids = np.random.default_rng(1).integers(3, tiny.VOCAB, (2, 20))
-    other, expected = open_session(for_dml), session.logits(ids)
+    other, expected = open_bundle(for_dml), session.logits(ids)
     measured = other.logits(ids)
     assert measured.dtype == np.float32
     assert np.abs(measured - expected).max() <= 0.02 * np.abs(expected).max()
@@ -107,7 +107,7 @@ def test_inputs_that_cannot_be_made_are_named(for_dml: Path, tmp_path: Path) -> 
     next(value for value in model.graph.inputs if value.name == "position_ids").name = "token_type_ids"
     write.write_graph(model, folder / name)
     with pytest.raises(ValueError, match=r"asks for token_type_ids tensor\(int64\), which rlkit cannot make"):
-        open_session(folder).logits(np.ones((1, 3), np.int64))
+        open_bundle(folder).logits(np.ones((1, 3), np.int64))
 
 
 def test_seeds_repeat(session: Session) -> None:
@@ -184,8 +184,8 @@ def test_facts(session: Session) -> None:
 
 
 def test_threads_follow_this_machine_unless_chosen(bundle: Path, tmp_path: Path) -> None:
-    assert open_session(bundle).threads == default_threads()
-    assert open_session(bundle, threads=1).threads == 1
+    assert open_bundle(bundle).threads == default_threads()
+    assert open_bundle(bundle, threads=1).threads == 1
     chosen = shutil.copytree(bundle, tmp_path / "b")
     manifest = json.loads((chosen / "rlkit.json").read_text())
     manifest["threads"] = {"value": 1, "chosen_by": "user"}
@@ -193,26 +193,26 @@ def test_threads_follow_this_machine_unless_chosen(bundle: Path, tmp_path: Path)
     config = json.loads((chosen / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 1
     (chosen / "genai_config.json").write_text(json.dumps(config))
-    assert open_session(chosen).threads == 1
+    assert open_bundle(chosen).threads == 1
 
 
 def test_a_bundle_of_others_runs_without_manifest(bundle: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bundle, tmp_path / "b")
     (folder / "rlkit.json").unlink()
-    assert len(list(open_session(folder).generate([5, 6], 4, ignore_stop=True))) == 4
+    assert len(list(open_bundle(folder).generate([5, 6], 4, ignore_stop=True))) == 4
 
 
 def test_wrong_folders_are_named(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no bundle folder"):
-        open_session(tmp_path / "absent")
+        open_bundle(tmp_path / "absent")
     with pytest.raises(ValueError, match="is a checkpoint"):
-        open_session(checkpoint)
+        open_bundle(checkpoint)
     with pytest.raises(ValueError, match="no bundle"):
-        open_session(tmp_path)
+        open_bundle(tmp_path)
     with pytest.raises(ValueError, match="device 'npu' is not offered yet; use cpu"):
-        open_session(bundle, device="npu")
+        open_bundle(bundle, device="npu")
     with pytest.raises(ValueError, match="threads = 0"):
-        open_session(bundle, threads=0)
+        open_bundle(bundle, threads=0)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "genai_config.json", "rlkit.json"])
@@ -223,7 +223,7 @@ def test_damaged_files_are_named_in_one_line(
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged") as caught:
-        open_session(folder)
+        open_bundle(folder)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
@@ -233,17 +233,17 @@ def test_missing_files_are_named(name: str, bundle: Path, tmp_path: Path) -> Non
     folder = shutil.copytree(bundle, tmp_path / "b")
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"lacks {name}"):
-        open_session(folder)
+        open_bundle(folder)
 
 
 def test_newer_manifests_and_incomplete_configs_are_refused(bundle: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bundle, tmp_path / "b")
     (folder / "rlkit.json").write_text('{"schema_version": 99}')
     with pytest.raises(ValueError, match="newer than this rlkit's"):
-        open_session(folder)
+        open_bundle(folder)
     (folder / "genai_config.json").write_text('{"model": {}}')
     with pytest.raises(ValueError, match="lacks 'decoder'"):
-        open_session(folder)
+        open_bundle(folder)
 
 
 def test_session_imports_without_torch() -> None:
@@ -260,8 +260,8 @@ def test_a_bundle_runs_without_torch(bundle: Path) -> None:
     code = (
         "import sys, pathlib\n"
         "for name in ('torch', 'transformers', 'onnx', 'onnx_ir'): sys.modules[name] = None\n"
-        "from rlkit.runtime.session import open_session\n"
-        "session = open_session(pathlib.Path(sys.argv[1]))\n"
+        "from rlkit.runtime.session import open_bundle\n"
+        "session = open_bundle(pathlib.Path(sys.argv[1]))\n"
         "assert len(list(session.generate([5, 6], 3, ignore_stop=True))) == 3\n"
         "import numpy\n"
         "assert session.logits(numpy.array([[5, 6]])).shape == (1, 2, 512)\n"

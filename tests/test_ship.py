@@ -16,7 +16,7 @@ from rlkit.apps import cli
 from rlkit.export.build import export_bundle
 from rlkit.export.lint import lint_file
 from rlkit.recover import recipe
-from rlkit.runtime.session import open_session
+from rlkit.runtime.session import open_bundle
 
 W2 = recipe.parse('[[rule]]\nmatch = ["*.gate_proj", "*.up_proj"]\nbits = 2\ngroup = 64\n[[rule]]\nbits = 4\n')
 IDS = np.random.default_rng(4).integers(3, tiny.VOCAB, (2, 20))
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_targets_bundle_runs_on_the_cpu_too(name: str, checkpoint: Path, tmp_path: Path) -> None:
     out = export_bundle(checkpoint, tmp_path / "b", **TARGETS[name])
-    session, expected = open_session(out), tiny.logits(tiny.dequantized(checkpoint), IDS)
+    session, expected = open_bundle(out), tiny.logits(tiny.dequantized(checkpoint), IDS)
     found = session.logits(IDS)
     half = name not in ("cpu", "webgpu float32")
     assert np.abs(found - expected).max() <= (5e-3 if half else 1e-5) * np.abs(expected).max()

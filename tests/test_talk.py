@@ -20,7 +20,7 @@ from rlkit.export import adapters, graph, write
 from rlkit.export.adapters import LowRank
 from rlkit.export.build import export_bundle
 from rlkit.runtime.chat import Chat
-from rlkit.runtime.session import open_session
+from rlkit.runtime.session import open_bundle
 from test_chat import Echo
 
 
@@ -33,7 +33,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_streams_the_reply(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["run", str(bundle), "the cat", "--raw", "-n", "6"]) == 0
     out, err = capsys.readouterr()
-    session = open_session(bundle)
+    session = open_bundle(bundle)
     expected = "".join(token.text for token in session.generate(session.encode("the cat"), 6))
     assert out == expected + "\n"
     assert "tokens/s" in err
@@ -152,7 +152,7 @@ def test_run_with_an_adapter(adapted: Path, capsys: pytest.CaptureFixture[str]) 
         assert cli.run(["run", str(adapted), "the cat", "--raw", "-n", "9", "--json", *options]) == 0
         reply = json.loads(capsys.readouterr().out)
         replies[reply["adapter"]] = reply["text"]
-    session = open_session(adapted)
+    session = open_bundle(adapted)
     ids = session.encode("the cat")
     for name, text in replies.items():
         assert text == "".join(token.text for token in session.generate(ids, 9, adapter=name))
