@@ -12,14 +12,13 @@ tables in the type of the target's activations.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rlkit.export.inventory import EMBEDDING, Adapter, Inventory, Packed, expected_inventory, read_checkpoint
 from rlkit.export.targets import EXACT, LEVELS, TARGETS, Kernel, Target, target_named
-from rlkit.recover import packing
+from rlkit.recover import cores, packing
 from rlkit.recover.contents import KINDS, kind_of
 from rlkit.recover.recipe import Recipe
 from rlkit.recover.source import ModelShape
@@ -157,11 +156,8 @@ def plan_inventory(
 
 
 def default_threads() -> int:
-    """The cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # Windows and macOS have no affinity call
-        return os.cpu_count() or 1
+    """The cores that this process may use; see `recover.cores`."""
+    return cores.default_threads()
 
 
 def uses_float_branch(rank: int, k: int) -> bool:

@@ -20,12 +20,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+
+from rlkit.runtime.processor import cpu_name as cpu_name  # others import it from here
 
 Clock = Callable[[], float]
 
@@ -164,13 +165,3 @@ def _durations(once: Callable[[], object], seconds: float, clock: Clock) -> Iter
         once()
         yield clock() - start
         count += 1
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine() or "unknown CPU"

@@ -44,6 +44,7 @@ LIGHT_RECOVER = [
     "atomic",
     "cache",
     "contents",
+    "cores",
     "ggufheader",
     "hub",
     "memory",
