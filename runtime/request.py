@@ -18,6 +18,11 @@ MOST_STOPS = 16
 SEEDS = 2**63
 
 
+def _within(name: str, value: float, low: float, high: float, remedy: str) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} = {value} is outside {low}..{high}; {remedy}")
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen: temperature 0 takes the likeliest; penalties and `bias` change the logits before.
@@ -167,8 +172,3 @@ class Finished:
 
 
 Event = Prefilled | Token | Finished
-
-
-def _within(name: str, value: float, low: float, high: float, remedy: str) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} = {value} is outside {low}..{high}; {remedy}")

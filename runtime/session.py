@@ -1,88 +1,78 @@
 """A bundle, opened: text to ids, ids to tokens as they come, ids to logits.
 
-Tokens come from onnxruntime-genai; logits for measuring accuracy from a plain onnxruntime session over the same file
-with the same options, opened when first asked for. Both hold the weights, so a process that does both has them twice.
-
     session = open_bundle(Path("bundle"))
     for token in session.generate(session.encode("The capital of France is"), 16):
         print(token.text, end="", flush=True)
 
+`stream` is the primitive and takes every option of a Request; `generate` folds it. Tokens come from onnxruntime-genai;
+logits for measuring accuracy and for scoring prompts from a plain onnxruntime session over the same data, opened when
+first asked for. Both hold the weights, so a process that does both has them twice.
+
 Files of the bundle's adapters folder (written by export/adapters.py) are mapped when first named; each request may name
-another.
+another. What a reply leaves in its cache is kept for a prompt that begins the same; docs/library.md has examples.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit.runtime.plain import ADAPTER_SUFFIX, SILENT, Plain, damaged, first_line, unfit
+from rlkit.runtime import flows, generation
+from rlkit.runtime.caches import KEPT_COUNT, KEPT_NBYTES, Cache, Caches
+from rlkit.runtime.folder import graph_nbytes, providers, read_bundle, threads_here
+from rlkit.runtime.generation import CHUNK_TOKENS
+from rlkit.runtime.kv import graph_of
+from rlkit.runtime.kv import overlay as kv_overlay
+from rlkit.runtime.loaded import Loaded
+from rlkit.runtime.plain import SILENT, Plain, damaged, first_line, unfit
+from rlkit.runtime.request import Event, Guidance, Logprob, Request, Sampling, Token
+
+__all__ = ["DEVICES", "Sampling", "Session", "Token", "open_bundle", "read_bundle", "threads_here"]
 
 DEVICES = ("cpu", "cuda", "dml", "webgpu", "openvino", "qnn")  # as genai names the providers
-ADAPTERS = "adapters"
-SCHEMA_VERSION = 1  # of rlkit.json
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token; `seconds` since the one before, for the first since the start of the prefill."""
-
-    id: int
-    text: str
-    seconds: float
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen: temperature 0 takes the likeliest, and then nothing else matters."""
-
-    temperature: float = 0.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
-            raise ValueError(f"temperature = {self.temperature} is outside 0..100; 0 takes the likeliest token")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p} is outside 0..1; 1 keeps every token")
-        if self.top_k < 0:
-            raise ValueError(f"top_k = {self.top_k} is negative; 0 keeps every token")
-        if self.seed is not None and not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed = {self.seed} is outside 0..{2**31 - 1}")
-
-    def search_options(self) -> dict[str, Any]:
-        """The same as genai's search options."""
-        if self.temperature == 0:
-            return {"do_sample": False}
-        options = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return options if self.seed is None else {**options, "random_seed": self.seed}
+APPENDING = ("cpu", "cuda", "webgpu")  # devices whose cache takes tokens more than once
+KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_names", "past_value_names"}
+CHECKED_GUIDANCE = 64  # grammars remembered as sound
 
 
 class Session:
-    """An open bundle; make one with `open_bundle`. Not for use by two threads at once."""
+    """An open bundle; make one with `open_bundle`.
+
+    One thread at a time may stream; `encode`, `decode`, `apply_template` and `check` may be called beside it.
+    """
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], manifest: dict[str, Any], threads: int | None, device: str = "cpu"
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        manifest: dict[str, Any],
+        threads: int,
+        device: str = "cpu",
+        *,
+        kv: str | None = None,
+        options: dict[str, Any] | None = None,
     ) -> None:
-        self._folder = folder
+        self.folder = folder
         self.device = device
-        self._config = config
-        self._manifest = manifest
-        self.threads: int = threads or threads_here(config, manifest)
+        self.kv = kv
+        self.threads = threads
+        self._config, self._manifest, self._options = config, manifest, options or {}
+        self._graph, self._cache = graph_of(folder, config, kv)
         self._model, self._tokenizer = self._open()
-        self._adapters: Any = None  # genai's, with those in self._loaded
-        self._loaded: set[str] = set()
+        self._loaded = Loaded(folder, self._model)
         self._plain: Plain | None = None
+        self._sound: dict[Guidance, None] = {}  # grammars that compile, the latest last
+        self.keep_caches(KEPT_COUNT, KEPT_NBYTES)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
 
     @property
     def context_length(self) -> int:
@@ -98,21 +88,32 @@ class Session:
     @property
     def adapters(self) -> tuple[str, ...]:
         """The adapters in the bundle's folder now, by name."""
-        return tuple(sorted(file.name.removesuffix(ADAPTER_SUFFIX) for file in self._adapter_files()))
+        return self._loaded.names
+
+    @property
+    def cache_token_nbytes(self) -> int:
+        """Bytes of one token in the cache."""
+        return self._cache.nbytes_per_token
+
+    @property
+    def nbytes(self) -> int:
+        """What the open session takes: its files, those of the measuring graph once it is open, and its caches."""
+        graphs = 1 + (self._plain is not None)
+        return graphs * graph_nbytes(self.folder / self._graph) + self._caches.nbytes
+
+    def keep_caches(self, count: int, nbytes: int = KEPT_NBYTES) -> None:
+        """Bound the caches kept after their replies; 0 keeps none. Those kept until now are forgotten."""
+        self._caches = Caches(self._new_cache, self.cache_token_nbytes, self.context_length, count, nbytes)
 
     def generator(self, room: int) -> Any:
         """genai's own generator with a cache for `room` tokens; stop tokens are never chosen. For measuring."""
-        import onnxruntime_genai as og
-
-        params = og.GeneratorParams(self._model)
-        params.set_search_options(do_sample=False, max_length=room, min_length=room)
-        return og.Generator(self._model, params)
+        return self._generator(room, do_sample=False, min_length=room)
 
     def facts(self) -> dict[str, Any]:
         """What the bundle says of itself, without its long lists."""
         left_out = ("tensors", "sha256", "provenance")
         stated = {key: value for key, value in self._manifest.items() if key not in left_out}
-        here = {"folder": str(self._folder), "context_length": self.context_length, "threads": self.threads}
+        here = {"folder": str(self.folder), "context_length": self.context_length, "threads": self.threads}
         return {**stated, **here}
 
     def encode(self, text: str) -> list[int]:
@@ -125,13 +126,54 @@ class Session:
         """Ids to text."""
         return str(self._tokenizer.decode(np.asarray(ids, np.int32))) if len(ids) else ""
 
-    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
-        """Messages ({"role", "content"}) as the prompt text of the bundle's chat template, ready for the reply."""
+    def apply_template(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> str:
+        """Messages ({"role", "content"}) as the prompt text of the bundle's chat template, ready for the reply.
+
+        `tools` are functions as OpenAI describes them. Raises ValueError where the template does not take the messages.
+        """
+        given = {} if not tools else {"tools": json.dumps(list(tools))}
         try:
-            return str(self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True))
+            text = self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True, **given)
         except Exception as error:
-            why = f"{self._folder} has no chat template that takes these messages ({first_line(error)})"
+            why = f"{self.folder} has no chat template that takes these messages ({first_line(error)})"
             raise ValueError(f"{why}; give a plain prompt with --raw") from error
+        return str(text)
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError, before anything is computed, for a request that cannot run here.
+
+        A prompt that leaves no room, ids that are none, an adapter that is unknown or damaged, a grammar that is none.
+        """
+        prompt, limit, vocab = len(request.prompt_ids), self.context_length, int(self._config["model"]["vocab_size"])
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab:
+            raise ValueError(f"a prompt id is outside 0..{vocab - 1}; encode the text with this bundle's tokenizer")
+        if prompt + min(request.max_new_tokens, 1) > limit:
+            raise ValueError(
+                f"the prompt has {prompt} tokens, but the context holds {limit} with the reply; shorten it"
+            )
+        if not all(0 <= token < vocab for token in request.sampling.bias):
+            raise ValueError(f"a biased token is outside 0..{vocab - 1}; use this bundle's ids")
+        if request.adapter is not None:
+            self._loaded.load(request.adapter)
+        if request.guidance is not None and request.guidance not in self._sound:
+            self._generator(1, request.guidance)
+            self._sound[request.guidance] = None
+            if len(self._sound) > CHECKED_GUIDANCE:
+                del self._sound[next(iter(self._sound))]
+
+    def stream(
+        self, request: Request, *, chunk_tokens: Callable[[], int] = lambda: CHUNK_TOKENS
+    ) -> Generator[Event, None, None]:
+        """Yield what happens, one bounded piece of work each: chunks of the prompt, tokens, and Finished.
+
+        Closing it cancels; several may be pulled at in turn. `chunk_tokens` is asked before each chunk. Raises what
+        `check` raises at once, and ValueError with the first event for an adapter of another model.
+        """
+        self.check(request)
+        means = generation.Means(
+            self._begin, self._tokenizer.create_stream, self._scores, self.context_length, self.stop_ids
+        )
+        return self._explained(request.adapter, generation.stream(request, means, chunk_tokens))
 
     def generate(  # noqa: PLR0913, the options of one generation
         self,
@@ -149,30 +191,25 @@ class Session:
         """Yield tokens until one of `stop_ids` or the model's own (not yielded), `max_new_tokens`, or a full context.
 
         Closing the iterator cancels. `ignore_stop` goes on to the last token, for measuring. `adapter` is one of
-        `adapters`, None the model as it is. Raises ValueError for a prompt that leaves no room and for an adapter that
-        is unknown or damaged before anything is computed, for one of another model with the first token.
+        `adapters`, None the model as it is. Raises as `stream` does.
         """
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        length = self._length(prompt_ids, max_new_tokens)
-        stops = set() if ignore_stop else {*self.stop_ids, *stop_ids}
-        limits = {"max_length": length, "min_length": length if ignore_stop else 0}
-        if adapter is not None:
-            self._load_adapter(adapter)
-        return self._tokens(list(prompt_ids), limits | sampling.search_options(), stops, adapter)
+        request = Request(
+            tuple(int(token) for token in prompt_ids),
+            max_new_tokens,
+            Sampling(temperature, top_k, top_p, seed=seed),
+            stop_ids=tuple(stop_ids),
+            ignore_stop=ignore_stop,
+            adapter=adapter,
+        )
+        return _tokens(self.stream(request))
 
     def unload_adapter(self, adapter: str) -> None:
         """Give an adapter's memory back; it is read again when next named. ValueError while a reply still uses it."""
-        file = self._adapter_file(adapter)
+        file = self._loaded.file(adapter)
         if self._plain is not None:
             self._plain.forget(file)
-        if adapter in self._loaded:
-            try:
-                self._adapters.unload(adapter)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"adapter {adapter} cannot be unloaded ({first_line(error)}); end its reply"
-                ) from error
-            self._loaded.discard(adapter)
+        self._caches.drop(adapter)
+        self._loaded.unload(adapter)
 
     def logits(self, ids: NDArray[np.int64], adapter: str | None = None) -> NDArray[np.float32]:
         """Logits (B, T, V) of rows of ids (B, T), padded on the right: attention is causal, so no mask is needed.
@@ -183,169 +220,110 @@ class Session:
             raise ValueError(f"ids must be a matrix (B, T), not shape {ids.shape}")
         if ids.shape[1] > self.context_length:
             raise ValueError(f"rows of {ids.shape[1]} tokens exceed the context of {self.context_length}; cut them")
-        file = None if adapter is None else self._adapter_file(adapter)
+        file = None if adapter is None else self._loaded.file(adapter)
+        return self._measuring().logits(ids, file)
+
+    def close(self) -> None:
+        """Give all memory back; the session cannot be used afterwards."""
+        self._caches.clear()
+        self._plain = self._model = self._tokenizer = self._loaded = None  # type: ignore[assignment]
+
+    def _measuring(self) -> Plain:
         if self._plain is None:
-            self._plain = Plain(self._folder, self._config["model"]["decoder"], self.threads)
-        return self._plain.logits(ids, file)
+            self._plain = Plain(self.folder, self._config["model"]["decoder"], self.threads, self.kv)
+        return self._plain
 
-    def _adapter_files(self) -> list[Path]:
-        return [file for file in (self._folder / ADAPTERS).glob(f"*{ADAPTER_SUFFIX}") if file.is_file()]
+    def _scores(self, request: Request) -> Iterator[list[Logprob]]:
+        raise NotImplementedError
 
-    def _adapter_file(self, adapter: str) -> Path:
-        """The file of one of `adapters`: a name is compared with those there are, never made into a path."""
-        for file in self._adapter_files():
-            if file.name == f"{adapter}{ADAPTER_SUFFIX}":
-                return file
-        there = f"use {', '.join(self.adapters)}" if self.adapters else "it has none, so leave the adapter out"
-        raise ValueError(f"{self._folder} has no adapter {adapter!r}; {there}")
+    def _begin(self, request: Request, count: int) -> flows.Flow:
+        """A way into the model with room for a request's prompt and `count` tokens."""
+        room = len(request.prompt_ids) + count
+        if request.guidance is None and self._appends():
+            return flows.Appended(self._caches, self._caches.take(request.prompt_ids, request.adapter, room))
+        generator = self._adapted(request.adapter, room, request.guidance)
+        return flows.Steered(generator, whole=self.device not in APPENDING)
 
-    def _load_adapter(self, adapter: str) -> None:
-        import onnxruntime_genai as og
-
-        file = self._adapter_file(adapter)
-        if adapter in self._loaded:
-            return
-        if self._adapters is None:
-            self._adapters = og.Adapters(self._model)
+    def _explained(self, adapter: str | None, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+        """The same; what the runtime says of an adapter that does not fit is put into words."""
         try:
-            self._adapters.load(str(file), adapter)
-        except RuntimeError as error:
-            raise damaged(file, error) from error
-        self._loaded.add(adapter)
-
-    def _length(self, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
-        prompt, limit = len(prompt_ids), self.context_length
-        vocab = int(self._config["model"]["vocab_size"])
-        if not prompt:
-            raise ValueError("the prompt is empty; give at least one token")
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab:
-            raise ValueError(f"a prompt id is outside 0..{vocab - 1}; encode the text with this bundle's tokenizer")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {max_new_tokens} leaves nothing to do; use at least 1")
-        if prompt >= limit:
-            raise ValueError(
-                f"the prompt has {prompt} tokens, but the context holds {limit} with the reply; shorten it"
-            )
-        return min(prompt + max_new_tokens, limit)
-
-    def _tokens(
-        self, prompt_ids: list[int], options: dict[str, Any], stops: set[int], adapter: str | None
-    ) -> Generator[Token, None, None]:
-        import onnxruntime_genai as og
-
-        began = time.perf_counter()
-        params = og.GeneratorParams(self._model)
-        params.set_search_options(**options)
-        generator = og.Generator(self._model, params)
-        try:
-            if adapter is not None:
-                self._load_adapter(adapter)  # once more: it may have been unloaded since the request
-                generator.set_active_adapter(self._adapters, adapter)
-            generator.append_tokens(np.asarray([prompt_ids], np.int32))
+            yield from events
         except RuntimeError as error:
             if adapter is None:
                 raise
-            raise unfit(adapter, self._folder, error) from error
-        stream = self._tokenizer.create_stream()
-        for index in range(options["max_length"] - len(prompt_ids)):
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            if token in stops:
-                return
-            text = str(stream.decode(token))
-            now = time.perf_counter()
-            yield Token(token, text, now - began, index)
-            began = time.perf_counter()
-            if generator.is_done():
-                return
+            raise unfit(adapter, self.folder, error) from error
+
+    def _appends(self) -> bool:
+        """Whether tokens may be appended one by one, and taken back: caches of keys and values on some devices only."""
+        decoder, kind = self._config["model"]["decoder"], str(self._config["model"].get("type", ""))
+        plain = set(decoder.get("inputs") or {}) <= KNOWN_INPUTS and not decoder.get("sliding_window")
+        return plain and not kind.startswith(("phi3", "phimoe")) and self.device in APPENDING
+
+    def _new_cache(self, adapter: str | None, room: int) -> Cache:
+        return Cache(self._adapted(adapter, room), adapter, room)
+
+    def _adapted(self, adapter: str | None, room: int, guidance: Guidance | None = None) -> Any:
+        generator = self._generator(room, guidance, do_sample=False)
+        if adapter is not None:
+            self._loaded.activate(generator, adapter)
+        return generator
+
+    def _generator(self, room: int, guidance: Guidance | None = None, **search: Any) -> Any:
+        """A generator of genai; ValueError where its grammar is none."""
+        import onnxruntime_genai as og
+
+        params = og.GeneratorParams(self._model)
+        params.set_search_options(max_length=room, **search)
+        if guidance is None:
+            return og.Generator(self._model, params)
+        params.set_guidance(guidance.kind.value, guidance.text)
+        try:
+            return og.Generator(self._model, params)
+        except RuntimeError as error:
+            why = " ".join(str(error).removeprefix("Error creating grammar: ").split())[:300]
+            raise ValueError(f"the {guidance.kind.value} cannot be followed: {why}; correct it") from error
 
     def _open(self) -> tuple[Any, Any]:
         import onnxruntime_genai as og
 
-        quiet = {"intra_op_num_threads": self.threads, "log_severity_level": SILENT}
+        quiet = {**self._options, "intra_op_num_threads": self.threads, "log_severity_level": SILENT}
         og.disable_telemetry_events()  # nothing about the model or its use leaves this machine
         settings = {"model": {"decoder": {"session_options": quiet}}}
         try:
-            config = og.Config(str(self._folder))
+            config = og.Config(str(self.folder))
             config.overlay(json.dumps(settings))
+            if self.kv is not None:
+                config.overlay(json.dumps(kv_overlay(self._graph)))
             if self.device == "cpu":
                 config.clear_providers()  # a bundle for another device runs on this one too
-            elif self.device not in self._providers():
+            elif self.device not in providers(self._config):
                 config.clear_providers()
                 config.append_provider(self.device)
             model = og.Model(config)
             return model, og.Tokenizer(model)
         except Exception as error:  # the library raises bare RuntimeError and its own kinds
             if self.device != "cpu":
-                why = f"{self._folder} cannot be opened on {self.device}: {first_line(error)}"
+                why = f"{self.folder} cannot be opened on {self.device}: {first_line(error)}"
                 raise ValueError(f"{why}; leave the provider out to run it on the CPU") from error
-            raise damaged(self._folder, error) from error
-
-    def _providers(self) -> set[str]:
-        """The providers that the bundle names, in genai's spelling made small."""
-        options = (self._config["model"]["decoder"].get("session_options") or {}).get("provider_options") or []
-        return {str(name).lower() for entry in options for name in entry}
+            raise damaged(self.folder, error) from error
 
 
-def open_bundle(bundle: Path, *, device: str = "cpu", threads: int | None = None) -> Session:
+def open_bundle(bundle: Path, *, device: str = "cpu", threads: int | None = None, kv: str | None = None) -> Session:
     """Open a bundle folder on a device; `threads` None means what the bundle says, within this process's cores.
 
-    Raises FileNotFoundError or ValueError, one line with the remedy: no bundle, a damaged one, another device.
+    `kv` is one of the caches that the bundle offers (runtime/kv.py), None its own. Raises FileNotFoundError or
+    ValueError, one line with the remedy: no bundle, a damaged one, another device, no such cache.
     """
     if device not in DEVICES:
         raise ValueError(f"device {device!r} is not offered yet; use {' or '.join(DEVICES)}")
     config, manifest = read_bundle(bundle, threads)
-    return Session(bundle, config, manifest, threads, device)
+    return Session(bundle, config, manifest, threads or threads_here(config, manifest), device, kv=kv)
 
 
-def read_bundle(bundle: Path, threads: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """genai_config.json and rlkit.json (empty where there is none) of a folder that can be opened with `threads`.
-
-    Raises FileNotFoundError or ValueError, one line with the remedy.
-    """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads = {threads} cannot run anything; use at least 1, or leave it out")
-    if not bundle.is_dir():
-        raise FileNotFoundError(f"no bundle folder {bundle}; make one with: rlkit export CHECKPOINT -o {bundle}")
-    if not (bundle / "genai_config.json").is_file():
-        what = "a checkpoint" if (bundle / "config.json").is_file() else "no bundle: it holds no genai_config.json"
-        raise ValueError(f"{bundle} is {what}; make a bundle with: rlkit export CHECKPOINT -o BUNDLE")
-    config = _read_object(bundle / "genai_config.json")
+def _tokens(events: Generator[Event, None, None]) -> Generator[Token, None, None]:
     try:
-        filename = str(config["model"]["decoder"]["filename"])
-        _ = config["model"]["context_length"], config["model"]["vocab_size"], config["model"]["eos_token_id"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{bundle}/genai_config.json lacks {error}; export the bundle again") from error
-    for name in (filename, "tokenizer.json"):
-        if not (bundle / name).is_file():
-            raise FileNotFoundError(f"{bundle} lacks {name}, so it is incomplete; export it again")
-    return config, _manifest(bundle)
-
-
-def _manifest(bundle: Path) -> dict[str, Any]:
-    path = bundle / "rlkit.json"
-    if not path.is_file():
-        return {}
-    manifest = _read_object(path)
-    version = manifest.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has schema_version {version!r}, newer than this rlkit's {SCHEMA_VERSION}; update rlkit"
-        )
-    return manifest
-
-
-def threads_here(config: dict[str, Any], manifest: dict[str, Any]) -> int:
-    """A number somebody chose or tuned holds, up to this process's cores; a default is made anew for this machine."""
-    from rlkit.export.plan import default_threads
-
-    cores = default_threads()
-    written = (config["model"]["decoder"].get("session_options") or {}).get("intra_op_num_threads")
-    chosen = (manifest.get("threads") or {}).get("chosen_by", "user") != "default"
-    return min(written, cores) if chosen and isinstance(written, int) and written > 0 else cores
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    from rlkit.recover.source import read_json
-
-    return read_json(path)
+        for event in events:
+            if isinstance(event, Token):
+                yield event
+    finally:
+        events.close()

@@ -154,7 +154,7 @@ def test_the_context_is_the_limit(session: Session) -> None:
     [
         ({"temperature": -1.0}, "temperature = -1.0"),
         ({"temperature": float("nan")}, "temperature = nan"),
-        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"top_p": 0.0}, "top_p = 0"),
         ({"top_k": -1}, "top_k = -1"),
         ({"seed": -5}, "seed = -5"),
     ],
