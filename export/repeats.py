@@ -52,8 +52,7 @@ def products(bits: int, block: int, n: int, k: int, count: int) -> Repeated:
     groups = -(-k // block)
     codes = _slices((n, groups, block * bits // 8), np.dtype(np.uint8), count)
     scales = np.full((n, groups), SCALE, np.float32)
-    zeros = np.full((n, -(-groups * bits // 8)), sum(1 << bits - 1 << at for at in range(0, 8, bits)), np.uint8)
-    constants: dict[str, NDArray[Any]] = {"scales": scales, "zeros": zeros}
+    constants: dict[str, NDArray[Any]] = {"scales": scales, "zeros": _zeros(bits, n, groups)}
     nodes = []
     sizes: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": LEVEL}
     for index in range(count):
@@ -68,6 +67,45 @@ def _float_products(n: int, k: int, count: int) -> Repeated:
     constants = {f"w{index}": weights(index) for index in range(count)}
     nodes = [helper.make_node("MatMul", ["x", name], [f"y{index}"]) for index, name in enumerate(constants)]
     return _of_products(nodes, constants, n, k)
+
+
+def chain(bits: int, block: int, width: int, count: int) -> Repeated:
+    """`count` times norm (with its residual), product, x * sigmoid(x), product: each waits for the one before, as in a
+    model. The products are MatMulNBits (width, width), different ones all.
+    """
+    groups = -(-width // block)
+    codes = _slices((width, groups, block * bits // 8), np.dtype(np.uint8), 2 * count)
+    constants: dict[str, NDArray[Any]] = {
+        "gamma": np.ones(width, np.float32),
+        "scales": np.full((width, groups), SCALE, np.float32),
+        "zeros": _zeros(bits, width, groups),
+    }
+    sizes: dict[str, Any] = {"K": width, "N": width, "bits": bits, "block_size": block, "accuracy_level": LEVEL}
+    nodes = []
+
+    def product(x: str, index: int) -> str:
+        constants[f"w{index}"] = codes(index)
+        names = [x, f"w{index}", "scales", "zeros"]
+        nodes.append(helper.make_node("MatMulNBits", names, [f"y{index}"], domain="com.microsoft", **sizes))
+        return f"y{index}"
+
+    sum_, x = "x", "x"
+    for index in range(count):
+        made, names = [f"n{index}", "", "", f"s{index}"], [sum_, x, "gamma"]
+        op = "SkipSimplifiedLayerNormalization"
+        nodes.append(helper.make_node(op, names, made, domain="com.microsoft", epsilon=1e-5))
+        first = product(f"n{index}", 2 * index)
+        nodes.append(helper.make_node("Sigmoid", [first], [f"g{index}"]))
+        nodes.append(helper.make_node("Mul", [first, f"g{index}"], [f"a{index}"]))
+        sum_, x = f"s{index}", product(f"a{index}", 2 * index + 1)
+    inputs = [helper.make_tensor_value_info("x", FLOAT, ["tokens", width])]
+    outputs = [helper.make_tensor_value_info(x, FLOAT, ["tokens", width])]
+    return Repeated(_model(nodes, inputs, outputs, constants), count, x, {"x": width}, constants)
+
+
+def _zeros(bits: int, n: int, groups: int) -> NDArray[np.uint8]:
+    """The middle code of every group, packed (n, ceil(groups * bits / 8))."""
+    return np.full((n, -(-groups * bits // 8)), sum(1 << bits - 1 << at for at in range(0, 8, bits)), np.uint8)
 
 
 def _slices(shape: tuple[int, ...], kind: np.dtype[Any], count: int) -> Callable[[int], NDArray[Any]]:

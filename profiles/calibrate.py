@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,17 @@ from typing import Any, Protocol
 import psutil
 
 from rlkit.profiles import efficiency, machine
-from rlkit.profiles.efficiency import Around, Attention, Ladder, Peaks, Product, Rowwise, Table, product_nbytes
+from rlkit.profiles.efficiency import (
+    LADDER,
+    Around,
+    Attention,
+    Ladder,
+    Peaks,
+    Product,
+    Rowwise,
+    Table,
+    product_nbytes,
+)
 from rlkit.recover.progress import Progress, Tell, silent
 from rlkit.runtime.probe import Clock, TokenTrials, Trials
 
@@ -36,7 +46,6 @@ FAR_NBYTES = 256 * 2**20  # of weights, read in turn: far more than a laptop's c
 MOST_NODES = 1024
 FEW, MANY = (1, 8), (64, 512)  # tokens of a decode step, and of a prompt
 CACHE_NBYTES = 32 * 2**20  # of the last-level cache where the system does not say
-MIDDLE = (4, 128), (2048, 2048)  # the product that the ladder of working sets is made of
 Form = tuple[int, int]  # bits, block
 Shape = tuple[int, int]  # n, k
 Heads = tuple[int, int, int]  # query heads, KV heads, their size
@@ -51,11 +60,12 @@ class Plan:
     branches: tuple[tuple[int, int, Shape], ...]  # low-rank ones: (bits, block, shape)
     attentions: tuple[Heads, ...]
     passes: tuple[tuple[int, int], ...]  # (new tokens, past tokens)
-    ladder: tuple[int, ...]  # MiB of weights
+    ladder: tuple[tuple[int, int], ...]  # (width of products, MiB of weights)
     rows: tuple[int, ...]
     widths: tuple[int, ...]
     arounds: tuple[Shape, ...] = ((1024, 1), (131072, 1), (1024, 32))  # (vocabulary, layers)
     slice_seconds: float = 0.15
+    twice: bool = True  # products of a decode step once more at the end; the faster counts
 
 
 _LOW = tuple((bits, block) for bits in (4, 2, 8) for block in (128, 64, 32))
@@ -65,7 +75,7 @@ FULL = Plan(
     branches=((8, 64, (64, 2048)), (8, 32, (2048, 64)), (8, 128, (64, 2048))),
     attentions=((16, 4, 128), (16, 16, 128), (16, 4, 64), (16, 16, 64)),
     passes=((1, 0), (1, 256), (1, 1024), (1, 4096), (64, 0), (64, 1024), (512, 0), (512, 4096), (2048, 0)),
-    ladder=(4, 16, 32, 64, 128, 256),
+    ladder=tuple((width, megabytes) for width in (512, 2048) for megabytes in (4, 16, 32, 64, 128, 256)),
     rows=(1, 32, 1024),
     widths=(128, 1024, 8192),
 )
@@ -75,10 +85,11 @@ QUICK = replace(
     shapes=((2048, 2048), (512, 512), (8192, 2048)),
     attentions=((16, 4, 128), (16, 4, 64)),
     passes=((1, 0), (1, 1024), (1, 4096), (64, 0), (512, 0), (2048, 0)),
-    ladder=(8, 32, 64, 256),
+    ladder=tuple((width, megabytes) for width in (512, 2048) for megabytes in (8, 32, 64, 256)),
     rows=(1, 512),
     widths=(128, 4096),
     slice_seconds=0.05,
+    twice=False,
 )
 
 
@@ -90,6 +101,9 @@ class Instruments(Protocol):
 
     def products(self, form: Form, shape: Shape, count: int, tokens: Sequence[int], seconds: float) -> list[Trials]:
         """Seconds of one of `count` products for each number of tokens."""
+
+    def chain(self, form: Form, width: int, count: int, seconds: float) -> Trials:
+        """Seconds of a norm, a product (width, width), an activation and another, among `count` in a chain."""
 
     def attention(self, heads: Heads, tokens: int, past: int, count: int, seconds: float) -> Trials:
         """Seconds of one attention."""
@@ -119,6 +133,13 @@ class Onnx:
 
         probe = open_probe(repeats.products(*form, *shape, count), self.threads)
         return [probe.time(number, seconds) for number in tokens]
+
+    def chain(self, form: Form, width: int, count: int, seconds: float) -> Trials:
+        """See Instruments."""
+        from rlkit.export import repeats
+        from rlkit.runtime.probe import open_probe
+
+        return open_probe(repeats.chain(*form, width, count), self.threads).time(1, seconds)
 
     def attention(self, heads: Heads, tokens: int, past: int, count: int, seconds: float) -> Trials:
         """See Instruments."""
@@ -193,12 +214,14 @@ class _Work:
         for heads, (tokens, past) in itertools.product(self.plan.attentions, self.plan.passes):
             weight = 0.3 + 3e-7 * tokens * (past + tokens)
             yield Task(f"attention of {tokens} after {past}", weight, partial(self.attention, heads, tokens, past))
-        for megabytes in self.plan.ladder:
-            yield Task(f"{megabytes} MB of weights", 0.6, partial(self.rung, megabytes))
+        for width, megabytes in self.plan.ladder:
+            yield Task(f"{megabytes} MB of weights", 0.6, partial(self.rung, width, megabytes))
         for shape, form in itertools.product(others, self.plan.formats):
             yield self._product_task(form, shape)
         for bits, block, shape in self.plan.branches:
             yield self._product_task((bits, block), shape)
+        for shape, form in itertools.product(self.plan.shapes, self.plan.formats[1:] if self.plan.twice else ()):
+            yield Task(f"{form[0]}-bit products once more", 0.6, partial(self.again, form, shape))
 
     @property
     def complete(self) -> bool:
@@ -241,6 +264,17 @@ class _Work:
         self._products(form, shape, far, FEW, cached=False)
         self._products(form, shape, near, (*FEW, *MANY) if fits else MANY, cached=fits)
 
+    def again(self, form: Form, shape: Shape) -> None:
+        """A decode step's products once more, minutes later: what slowed the machine for a while is found out."""
+        count = max(1, min(math.ceil(self.room.far_nbytes / product_nbytes(*form, *shape)), MOST_NODES))
+        before = self.rows["products"]
+        self.rows["products"] = []
+        self._products(form, shape, count, FEW, cached=False)
+        faster = {astuple(row)[:-1]: row.seconds for row in self.rows["products"]}
+        self.rows["products"] = [
+            replace(row, seconds=min(row.seconds, faster.get(astuple(row)[:-1], row.seconds))) for row in before
+        ]
+
     def _products(self, form: Form, shape: Shape, count: int, tokens: Sequence[int], *, cached: bool) -> None:
         taken = self.tools.products(form, shape, count, tokens, self.plan.slice_seconds)
         for number, trials in zip(tokens, taken, strict=True):
@@ -250,13 +284,16 @@ class _Work:
         weight = 0.9 + 1.5e-8 * shape[0] * shape[1]
         return Task(f"{form[0]}-bit products {shape[0]} x {shape[1]}", weight, partial(self.products, form, shape))
 
-    def rung(self, megabytes: int) -> None:
-        """A working set of the ladder."""
-        form, shape = MIDDLE
-        size = product_nbytes(*form, *shape)
-        count = max(1, round(min(megabytes * 2**20, self.room.far_nbytes) / size))
-        (trials,) = self.tools.products(form, shape, count, (1,), self.plan.slice_seconds)
-        self.rows["ladder"].append(Ladder(int(count * size), self._note(trials)))
+    def rung(self, width: int, megabytes: int) -> None:
+        """A working set of the ladder: what a product takes in a chain, without the operators between."""
+        size = 2 * product_nbytes(*LADDER, width, width)
+        wanted = math.ceil(min(megabytes * 2**20, self.room.far_nbytes) / size)
+        count = max(1, min(wanted, MOST_NODES))
+        whole = self._note(self.tools.chain(LADDER, width, count, self.plan.slice_seconds))
+        table = self.table(1, {})
+        between = sum(table.seconds(kind, tokens=1, n=width) for kind in ("norm", "activation"))
+        seconds = max((whole - between) / 2, whole / 8)
+        self.rows["ladder"].append(Ladder(round(count * size), width, seconds))
 
     def attention(self, heads: Heads, tokens: int, past: int) -> None:
         """Attention; caches of a decode step are read in turn, as those of a model's layers are."""

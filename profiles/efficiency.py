@@ -29,10 +29,11 @@ from rlkit.profiles.surface import Point, Surface
 from rlkit.recover.atomic import write_json
 from rlkit.recover.source import read_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FLOAT = 4  # bytes; of activations, scales and the cache in our CPU bundles
 NEAR = 64  # cached tokens are compared as past + NEAR: a step after none and one after a few are alike
 ACCESSES = {"norm": 4, "add": 3, "activation": 2}  # reads and writes of each element
+LADDER = (4, 128)  # bits, block of the products that working sets are made of
 ALIASES = {"elementwise": "add", "experts": "linear", "adapter": "linear", "embedding": "add"}
 
 
@@ -73,9 +74,10 @@ class Rowwise:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """One product among as many as have `nbytes` of weights together, which are read in turn."""
+    """A product (width, width) of LADDER's format in a chain of operators with `nbytes` of weights together."""
 
     nbytes: int
+    width: int
     seconds: float
 
 
@@ -158,7 +160,7 @@ class Table:
         block = self._nearest_block(bits, block)
         ideal = self._ideal_product(bits, block, tokens, n, k)
         far = ideal / self._surface(("product", bits, block, False)).at((tokens, n, k))
-        share = self.kept_share(streamed_nbytes)
+        share = self.kept_share(streamed_nbytes, n * k)
         if share == 0.0:
             return far
         near = ideal / self._surface(("product", bits, block, True)).at((tokens, n, k))
@@ -182,16 +184,29 @@ class Table:
         """Seconds to the first token beside the model: a generator is made, and the first token chosen."""
         return self._around(vocab, layers, "prompt_seconds")
 
-    def kept_share(self, streamed_nbytes: float | None) -> float:
-        """How much of what a step reads behaves as if it were in the caches: 1 all, 0 none; below 0 where a working set
-        is slower than the one that products were measured with."""
-        rungs = sorted(self.ladder, key=lambda rung: rung.nbytes)
-        if streamed_nbytes is None or len(rungs) < 2:
+    def kept_share(self, streamed_nbytes: float | None, size: float) -> float:
+        """How much of what a step reads behaves as if it were in the caches, for products of so many weights: 1 all, 0
+        none; below 0 where operators that wait for each other take longer than alone.
+        """
+        if streamed_nbytes is None:
             return 0.0
-        far = rungs[-1].seconds
-        near = min(rung.seconds for rung in rungs)
+        shares = {float(width): self._share(width, streamed_nbytes) for width in {rung.width for rung in self.ladder}}
+        if not shares:
+            return 0.0
+        widths = sorted(shares)
+        logs = [2.0 * math.log(width) for width in widths]
+        return float(np.interp(math.log(size), logs, [shares[width] for width in widths]))
+
+    def _share(self, width: int, streamed_nbytes: float) -> float:
+        """Where a working set of products (width, width) lies between those in the caches and those far from them."""
+        near, far = (
+            self._ideal_product(*LADDER, 1, width, width)
+            / self._surface(("product", *LADDER, cached)).at((1, width, width))
+            for cached in (True, False)
+        )
         if far < 1.05 * near:
             return 0.0
+        rungs = sorted((rung for rung in self.ladder if rung.width == width), key=lambda rung: rung.nbytes)
         sizes = [math.log(rung.nbytes) for rung in rungs]
         here = float(np.interp(math.log(max(streamed_nbytes, 1.0)), sizes, [rung.seconds for rung in rungs]))
         return (far - here) / (far - near)

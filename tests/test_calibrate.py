@@ -25,7 +25,7 @@ SMALL = Plan(
     branches=((8, 64, (64, 2048)),),
     attentions=((16, 4, 128),),
     passes=((1, 0), (1, 1024), (512, 0)),
-    ladder=(8, 64, 256),
+    ladder=((2048, 8), (2048, 64), (2048, 256)),
     rows=(1, 512),
     widths=(128, 4096),
 )
@@ -56,6 +56,11 @@ class MadeUp:
         self.totals.append(total)
         cached = total <= ROOM.cache_nbytes / 2
         return [self.trials(law(*form, number, *shape, cached=cached), f"{form} {shape}") for number in tokens]
+
+    def chain(self, form: Form, width: int, count: int, seconds: float) -> Trials:
+        total = 2 * count * product_nbytes(*form, width, width)
+        product = law(*form, 1, width, width, cached=total <= ROOM.cache_nbytes / 2)
+        return self.trials(2 * product + 2 * (1e-6 + 1e-9 * width), f"chain of {width}")
 
     def attention(self, heads: Heads, tokens: int, past: int, count: int, seconds: float) -> Trials:
         return self.trials(attention_law(tokens, past, *heads), "attention")
@@ -98,6 +103,23 @@ def test_weights_are_read_in_turn_from_far_beyond_the_caches_and_from_within_the
     assert made.table.seconds("linear", 4, 128, 1, 2048, 2048, 1 * MB) < made.table.seconds(
         "linear", 4, 128, 1, 2048, 2048
     )
+
+
+@dataclass
+class SlowAtFirst(MadeUp):
+    """Something else runs while a product is measured for the first time."""
+
+    def products(self, form: Form, shape: Shape, count: int, tokens: Sequence[int], seconds: float) -> list[Trials]:
+        slow = 1.0 if f"{form} {shape}" in self.asked else 3.0
+        return [
+            replace(each, seconds=slow * each.seconds) for each in super().products(form, shape, count, tokens, seconds)
+        ]
+
+
+@pytest.mark.parametrize(("twice", "factor"), [(True, 1.0), (False, 3.0)])
+def test_products_of_a_decode_step_count_as_the_faster_of_two_rounds(twice: bool, factor: float) -> None:
+    told = run(SlowAtFirst(), replace(SMALL, twice=twice)).table.seconds("linear", 4, 128, 1, 512, 512)
+    assert told == pytest.approx(factor * law(4, 128, 1, 512, 512, cached=False))
 
 
 def test_a_short_budget_keeps_what_forecasts_need_and_says_what_it_left_out() -> None:
@@ -223,7 +245,7 @@ def test_real_instruments_measure_something() -> None:
         branches=(),
         attentions=((4, 2, 16),),
         passes=((1, 0), (4, 3)),
-        ladder=(1,),
+        ladder=((512, 1),),
         rows=(1, 2),
         widths=(16,),
         arounds=((100, 1),),

@@ -63,7 +63,11 @@ def made_table() -> Table:
         for tokens in (1, 32, 1024)
         for width in (128, 1024, 8192)
     ]
-    ladder = [Ladder(megabytes * 2**20, seconds) for megabytes, seconds in ((4, 2e-5), (32, 3e-5), (256, 6e-5))]
+    near, far = (law(4, 128, 1, 2048, 2048, cached=cached) for cached in (True, False))
+    ladder = [
+        Ladder(megabytes * 2**20, 2048, near + share * (far - near))
+        for megabytes, share in ((4, 0.0), (32, 0.25), (256, 1.0))
+    ]
     around = [
         Around(v, n, 1e-2 + 1e-5 * n, 5e-6 + 7e-10 * v + 6e-7 * n) for v, n in ((1024, 1), (131072, 1), (1024, 32))
     ]
@@ -72,6 +76,7 @@ def made_table() -> Table:
 
 
 TABLE = made_table()
+SIZE = 2048 * 2048
 
 
 def test_what_was_measured_comes_back() -> None:
@@ -114,19 +119,27 @@ def test_beyond_the_grid_time_grows_with_the_work() -> None:
 @given(st.floats(1e5, 1e10), st.floats(1e5, 1e10))
 def test_a_larger_working_set_is_never_faster(one: float, other: float) -> None:
     small, large = sorted((one, other))
-    assert TABLE.kept_share(small) >= TABLE.kept_share(large)
+    assert TABLE.kept_share(small, SIZE) >= TABLE.kept_share(large, SIZE)
     near, far = (TABLE.seconds("linear", 4, 128, 1, 2048, 2048, streamed) for streamed in (small, large))
     assert near <= far * (1 + 1e-9)
 
 
 def test_a_working_set_lies_between_the_ends_of_the_ladder() -> None:
-    assert TABLE.kept_share(None) == 0.0
-    assert TABLE.kept_share(2**20) == 1.0
-    assert TABLE.kept_share(32 * 2**20) == pytest.approx(0.75)
-    assert TABLE.kept_share(2**40) == 0.0
-    flat = replace(TABLE, ladder=tuple(Ladder(rung.nbytes, 1e-5) for rung in TABLE.ladder))
-    assert flat.kept_share(2**20) == 0.0
-    assert replace(TABLE, ladder=()).kept_share(2**20) == 0.0
+    assert TABLE.kept_share(None, SIZE) == 0.0
+    assert TABLE.kept_share(2**20, SIZE) == pytest.approx(1.0)
+    assert TABLE.kept_share(32 * 2**20, SIZE) == pytest.approx(0.75)
+    assert TABLE.kept_share(2**40, SIZE) == pytest.approx(0.0, abs=1e-9)
+    assert replace(TABLE, ladder=()).kept_share(2**20, SIZE) == 0.0
+
+
+def test_small_products_have_a_ladder_of_their_own() -> None:
+    small = law(4, 128, 1, 512, 512, cached=False)
+    waiting = replace(TABLE, ladder=(*TABLE.ladder, Ladder(2**20, 512, 2 * small), Ladder(2**30, 512, 2 * small)))
+    assert waiting.kept_share(2**20, SIZE) == pytest.approx(1.0)
+    assert waiting.kept_share(2**20, 512 * 512) < 0.0  # in a chain they take longer than alone
+    between = waiting.kept_share(2**20, 1024 * 1024)
+    assert waiting.kept_share(2**20, 512 * 512) < between < 1.0
+    assert waiting.seconds("linear", 4, 128, 1, 512, 512, 2**20) == pytest.approx(2 * small)
 
 
 def test_a_block_that_was_not_measured_is_answered_by_its_nearest() -> None:
@@ -146,7 +159,7 @@ def test_a_block_that_was_not_measured_is_answered_by_its_nearest() -> None:
         (lambda: replace(TABLE, attentions=()).attention_seconds(1, 5, 8, 4, 64), "no attention was measured"),
         (lambda: replace(TABLE, products=()).seconds("linear", 4, 64, 1, 512, 512), "not measured here"),
         (lambda: replace(TABLE, rowwise=()).seconds("norm", tokens=1, n=512), "nothing was measured"),
-        (lambda: replace(TABLE, ladder=(Ladder(1, 0.0),)), "repeat it"),
+        (lambda: replace(TABLE, ladder=(Ladder(1, 512, 0.0),)), "repeat it"),
         (lambda: replace(TABLE, peaks=replace(PEAKS, bytes_per_s=math.inf)), "repeat it"),
         (lambda: replace(TABLE, peaks=replace(PEAKS, dispatch_seconds=-1.0)), "repeat it"),
     ],

@@ -60,6 +60,14 @@ def test_every_node_is_kept_by_the_runtime() -> None:
         assert ran(repeated)[op] == 5, op
 
 
+def test_a_chain_keeps_every_operator_of_every_block() -> None:
+    repeated = repeats.chain(4, 32, 64, 5)
+    found = ran(repeated)
+    assert (found["MatMulNBits"], found["SkipSimplifiedLayerNormalization"], found["QuickGelu"]) == (10, 5, 5)
+    weights = [value for name, value in repeated.constants.items() if name.startswith("w")]
+    assert all(not np.array_equal(one, other) for one, other in itertools.combinations(weights, 2))
+
+
 def ran(repeated: repeats.Repeated) -> dict[str, int]:
     """Operators of the graph that the runtime runs, asking for the last output alone."""
     import json
