@@ -7,11 +7,15 @@ of them, and that one is opened. Graphs in float16 run too; logits are float32 a
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rlkit.export.kvscales import file_name
+from rlkit.runtime import kv as kvs
 
 ALL_LOGITS = "logits.onnx"
 ADAPTER_SUFFIX = ".onnx_adapter"
@@ -25,12 +29,21 @@ CACHE_TYPES = {
 
 
 class Plain:
-    """An open graph of a bundle; `decoder` is that block of its genai_config.json."""
+    """An open graph of a bundle; `decoder` is that block of its genai_config.json.
 
-    def __init__(self, folder: Path, decoder: dict[str, Any], threads: int) -> None:
+    `kv` is one of the caches it offers (kv.py); attention reads the prompt's own keys and values from there too.
+    `whole` False opens the graph that generates, which may compute the last token's logits only. Raises ValueError for
+    a cache that the bundle does not have.
+    """
+
+    def __init__(
+        self, folder: Path, decoder: dict[str, Any], threads: int, kv: str | None = None, *, whole: bool = True
+    ) -> None:
         self._folder, self._decoder = folder, decoder
-        whole = folder / ALL_LOGITS
-        self._session = open_graph(whole if whole.is_file() else folder / decoder["filename"], decoder, threads)
+        scheme = kvs.check(folder, decoder, kv)
+        name = ALL_LOGITS if whole and (folder / ALL_LOGITS).is_file() else decoder["filename"]
+        file = folder / (name if scheme == kvs.FLOAT else file_name(name, scheme))
+        self._session = open_graph(file, decoder, threads)
         self._adapters: dict[Path, Any] = {}
 
     def logits(self, ids: NDArray[np.int64], adapter: Path | None = None) -> NDArray[np.float32]:
@@ -49,6 +62,10 @@ class Plain:
             why = f"{self._folder} computes only the last token's logits and has no {ALL_LOGITS}"
             raise ValueError(f"{why}; export it with all logits to measure it")
         return np.asarray(found, np.float32)
+
+    def outputs(self, names: Sequence[str], ids: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """Outputs of the graph by name for rows of ids (B, T): `present.0.key` is (B, KV heads, T, head size)."""
+        return list(self._session.run(list(names), self._feeds(ids.astype(np.int64))))
 
     def forget(self, adapter: Path) -> None:
         """Give an adapter's memory back, if it was read."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlkit.runtime.kv import graph_of
 from rlkit.runtime.plain import cache_of, open_graph
 from rlkit.runtime.session import read_bundle, threads_here
 
@@ -116,12 +117,19 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], kind: Any) -> NDAr
 
 
 def open_stepper(
-    bundle: Path, threads: int | None = None, profile: Path | None = None, clock: Clock = time.perf_counter
+    bundle: Path,
+    threads: int | None = None,
+    profile: Path | None = None,
+    clock: Clock = time.perf_counter,
+    *,
+    kv: str | None = None,
 ) -> Stepper:
     """Open a bundle's graph as generation runs it; `profile`, a file name's start, has kernels timed until `close`.
 
-    `threads` None means what the bundle says. Raises FileNotFoundError or ValueError where it is no bundle.
+    `threads` None means what the bundle says; `kv` is one of the caches it offers. Raises FileNotFoundError or
+    ValueError where it is no bundle, or has no such cache.
     """
     config, manifest = read_bundle(bundle, threads)
     decoder, used = config["model"]["decoder"], threads or threads_here(config, manifest)
-    return Stepper(bundle, config, open_graph(bundle / decoder["filename"], decoder, used, profile), clock)
+    filename, _cache = graph_of(bundle, config, kv)
+    return Stepper(bundle, config, open_graph(bundle / filename, decoder, used, profile), clock)
