@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,22 @@ def command(bundle: Path, device: str = "cpu", threads: int | None = None) -> li
 
 
 @contextlib.contextmanager
-def start(name: str, argv: Sequence[str]) -> Iterator[Worker]:
-    """Run a worker for the length of the block; it is ended however the block ends."""
+def start(name: str, argv: Sequence[str], variables: Mapping[str, str] | None = None) -> Iterator[Worker]:
+    """Run a worker for the length of the block, with `variables` added to its environment.
+
+    It is ended however the block ends.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         errors = Path(folder, "stderr.txt")
         with errors.open("w") as stderr:
             process = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8"
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                encoding="utf-8",
+                env={**os.environ, **(variables or {})},
             )
         try:
             worker = Worker(name, process, errors)

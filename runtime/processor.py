@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,12 @@ def cpu_name() -> str:
         named = _sysctl(["machdep.cpu.brand_string"]).get("machdep.cpu.brand_string")
         if named:
             return named
+    if sys.platform == "win32":  # platform.processor() knows family and stepping only
+        import winreg
+
+        place = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+        with contextlib.suppress(OSError), winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key:
+            return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
     return platform.processor() or platform.machine() or "unknown CPU"
 
 

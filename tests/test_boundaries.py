@@ -132,7 +132,7 @@ def test_files_stay_small(path: Path) -> None:
 def test_packages_listed_are_the_folders_there_are() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     rooms = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
-    nested = sorted({path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).glob("*/*.py")})
+    nested = sorted({path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).glob("*/**/*.py")})
     listed = project["tool"]["setuptools"]["packages"]
     assert rooms == sorted(ROOMS)
     assert sorted(listed) == sorted(f"rlkit.{'.'.join(path.parts)}" for path in [*map(Path, rooms), *nested])

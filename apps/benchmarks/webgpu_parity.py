@@ -124,21 +124,21 @@ def compare(out: Path, python: Path | None = None, driver: str = "software") -> 
     }
 
 
-def environment(folder: Path) -> Path:
+def environment(folder: Path, runtime: str = RUNTIME) -> Path:
     """The interpreter of an environment with the runtime; it is made unless it is there."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     made = folder / "made"  # written last, so that half an environment is made again
-    if made.is_file() and made.read_text() == RUNTIME:
+    if made.is_file() and made.read_text() == runtime:
         return python
     commands = (
         [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [str(python), "-m", "pip", "install", "-q", RUNTIME],
+        [str(python), "-m", "pip", "install", "-q", runtime],
     )
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise Unavailable(f"no environment with {RUNTIME}: {_last_line(done.stderr or done.stdout)}")
-    made.write_text(RUNTIME)
+            raise Unavailable(f"no environment with {runtime}: {_last_line(done.stderr or done.stdout)}")
+    made.write_text(runtime)
     return python
 
 
