@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,3 +36,14 @@ def _bits(node: ir.Node) -> int:
     if weight is None or weight.const_value is None:  # made by other nodes, such as a DequantizeLinear
         return 0
     return int(weight.const_value.dtype.bitwidth)
+
+
+def windows(path: Path) -> dict[int, int]:
+    """The layers of an ONNX file whose attention sees a window of tokens alone -> its size."""
+    found = {}
+    for node in load(path).graph:
+        size = node.attributes["local_window_size"].as_int() if "local_window_size" in node.attributes else -1
+        layer = re.search(r"/layers\.(\d+)/", node.name or "")
+        if layer and size > 0:
+            found[int(layer[1])] = size
+    return found

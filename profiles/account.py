@@ -21,6 +21,7 @@ from rlkit.profiles.operators import (
     Matrix,
     Operator,
     Step,
+    Weights,
     cache_nbytes,
     operators,
     past_operators,
@@ -122,12 +123,20 @@ class Model:
     """A model as it is stored at a place, ready to be counted; what does not depend on the past is counted once."""
 
     def __init__(
-        self, architecture: Architecture, recipe: Recipe | None, place: Place, adapters: Adapters | None = None
+        self,
+        architecture: Architecture,
+        recipe: Recipe | None,
+        place: Place,
+        adapters: Adapters | None = None,
+        weights: Weights | None = None,
     ) -> None:
-        """Raises ValueError naming a matrix whose inputs no group of the recipe fits."""
+        """`weights`, where they are known, are taken as they are, whatever the recipe would make.
+
+        Raises ValueError naming a matrix whose inputs no group of the recipe fits.
+        """
         self.architecture, self.place = architecture, place
         self.recipe = "none" if recipe is None else recipe.name
-        self.weights = weigh(architecture, place.stored(recipe), place.storage, adapters)
+        self.weights = weights or weigh(architecture, place.stored(recipe), place.storage, adapters)
         self.matrices, self.stored_nbytes = self.weights.matrices, self.weights.stored_nbytes
         self._read_nbytes = self.weights.streamed_nbytes
         self._fits: dict[int, Rates] = {}
@@ -158,6 +167,10 @@ class Model:
             name: Amounts(*(len(pasts) * a + b for a, b in zip(row, varying.get(name, NOTHING), strict=True)))
             for name, row in fixed.items()
         }
+
+    def rates_at(self, past: int, batch: int = 1) -> Rates:
+        """The rates of a step after `past` tokens."""
+        return self._rates(self._size(past, batch))
 
     def _size(self, past: int, batch: int) -> int:
         """What a decode step reads of weights and cache, in eighths of powers of two: rates may depend on it."""

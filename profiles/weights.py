@@ -167,7 +167,7 @@ def _matrix(linear: Linear, prefix: str, scheme_of: SchemeOf, storage: Storage, 
         rank = adapters.rank if Rule(adapters.match, _ANY).matches(module) and not linear.kept_float else 0
     expert = linear.module.startswith("mlp.experts.")
     return Matrix(
-        name=_name(linear.module),
+        name=short_name(linear.module),
         n=n,
         k=k,
         format=form,
@@ -184,7 +184,7 @@ def _matrix(linear: Linear, prefix: str, scheme_of: SchemeOf, storage: Storage, 
 _ANY = Scheme(16, 32)
 
 
-def _name(module: str) -> str:
+def short_name(module: str) -> str:
     """ "q_proj", "router", "experts.gate_proj", "shared_expert.up_proj": what a table calls it."""
     parts = module.split(".")
     return ".".join(parts[-2:]) if "expert" in parts[-2:][0] else parts[-1]
