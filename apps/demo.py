@@ -166,14 +166,12 @@ def _export(out: Path, recipe: str, tell: Tell) -> None:
 
 
 def _chat(out: Path, _tell: Tell) -> None:
-    from rlkit.runtime.chat import Chat
+    from rlkit.runtime.chat import Chat, Manner
     from rlkit.runtime.session import open_bundle
 
     bundle = bundle_of(out, RECIPES[-1])
-    said = []
-    for token in Chat(open_bundle(bundle)).reply(PROMPT, max_new_tokens=64):
-        said.append(token.text)
-    write_json(out / "chat.json", {"prompt": PROMPT, "reply": "".join(said), "bundle": bundle.name})
+    said = Chat(open_bundle(bundle)).answer(PROMPT, Manner(max_new_tokens=64))
+    write_json(out / "chat.json", {"prompt": PROMPT, "reply": said, "bundle": bundle.name})
 
 
 def _machine(out: Path, _tell: Tell) -> None:

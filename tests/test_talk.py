@@ -1,27 +1,24 @@
-"""The commands run and chat, as a person or a script uses them."""
+"""The command run, as a person or a script uses it."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import tiny
-from rlkit.apps import cli, talk
+from rlkit.apps import cli
 from rlkit.export import adapters, graph, write
 from rlkit.export.adapters import LowRank
 from rlkit.export.build import export_bundle
-from rlkit.runtime.chat import Chat
 from rlkit.runtime.session import open_bundle
-from test_chat import Echo
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +35,7 @@ def test_run_streams_the_reply(bundle: Path, capsys: pytest.CaptureFixture[str])
     assert out == expected + "\n"
     assert "tokens/s" in err
     assert "first after" in err
+    assert "\x1b" not in out + err
 
 
 def test_run_uses_the_template(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +51,8 @@ def test_run_uses_the_template(bundle: Path, capsys: pytest.CaptureFixture[str])
     assert result["prompt_tokens"] == len(tiny.tokenizer().encode(text))
     assert result["new_tokens"] == 4
     assert result["schema_version"] == 1
+    assert (result["finish_reason"], result["reused_tokens"], result["context_length"]) == ("length", 0, 2048)
+    assert (result["device"], result["kv"]) == ("cpu", None)
     assert err == ""
 
 
@@ -75,8 +75,7 @@ def test_run_repeats_with_a_seed(bundle: Path, capsys: pytest.CaptureFixture[str
         (["run", "BUNDLE", "hi", "--raw", "--system", "x"], "--raw has no place for --system"),
         (["run", "BUNDLE", "the weather " * 3000], "the context holds 2048"),
         (["chat", "/nowhere/bundle"], "no bundle folder"),
-        (["run", "BUNDLE", "hi", "--adapter", "poem"], "has no adapter 'poem'; it has none, so leave the adapter out"),
-        (["chat", "BUNDLE", "--adapter", "../poem"], "no adapter '../poem' here; there are none"),
+        (["run", "BUNDLE", "hi", "--adapter", "poem"], "has no adapter 'poem'; there are none"),
     ],
 )
 def test_bad_use_is_one_line(arguments: list[str], says: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,44 +91,6 @@ def test_bad_use_is_one_line(arguments: list[str], says: str, bundle: Path, caps
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([name, "--help"]) == 0
     assert f"rlkit {name} ./bundle" in capsys.readouterr().out
-
-
-def lines(*texts: str) -> Callable[[], str]:
-    """Asks that get these answers, and then the end of the input."""
-    rest: Iterator[str] = iter(texts)
-
-    def ask() -> str:
-        try:
-            return next(rest)
-        except StopIteration:
-            raise EOFError from None
-
-    return ask
-
-
-def test_conversation(capsys: pytest.CaptureFixture[str]) -> None:
-    model = Echo(reply="sure")
-    talk.converse(
-        Chat(model), ask=lines("/stats", "hi", "", "there", "/stats", "/clear", "new", "/what", "/quit", "unheard")
-    )
-    out, err = capsys.readouterr()
-    assert out.split() == ["sure"] * 3
-    assert model.prompts == ["u:hi\na:", "u:hi\na:sure\nu:there\na:", "u:new\na:"]
-    assert err.count("tokens/s") == 4
-    assert "no reply yet" in err
-    assert "no command /what" in err
-
-
-def test_the_adapter_changes_in_a_conversation(capsys: pytest.CaptureFixture[str]) -> None:
-    model = Echo(adapters=("french", "poem"))
-    asked = ("/adapter", "a", "/adapter poem", "b", "/adapter german", "c", "/adapter none", "d", "/adapters")
-    talk.converse(Chat(model), ask=lines(*asked))
-    err = capsys.readouterr().err
-    assert model.adapted == [None, "poem", "poem", None]
-    assert err.count("adapter: none (french, poem)") == 2
-    assert err.count("adapter: poem (french, poem)") == 1
-    assert "error: no adapter 'german' here; there are french, poem" in err
-    assert "no command /adapters" in err
 
 
 @pytest.fixture(scope="module")
@@ -158,39 +119,7 @@ def test_run_with_an_adapter(adapted: Path, capsys: pytest.CaptureFixture[str]) 
         assert text == "".join(token.text for token in session.generate(ids, 9, adapter=name))
     assert replies[None] != replies["poem"]
     assert cli.run(["run", str(adapted), "the cat", "--adapter", "prose"]) == 2
-    assert "has no adapter 'prose'; use poem" in capsys.readouterr().err
-
-
-def test_chat_with_an_adapter(adapted: Path) -> None:
-    argv = [sys.executable, "-m", "rlkit.apps.cli", "chat", str(adapted), "-n", "5", "--adapter", "poem"]
-    said = "hello\n/adapter\n/adapter none\nhello\n"
-    done = subprocess.run(argv, input=said, capture_output=True, text=True, errors="replace")
-    assert done.returncode == 0, done.stderr
-    assert "adapter: poem (poem)" in done.stderr
-    assert "adapter: none (poem)" in done.stderr
-    assert done.stderr.count("first after") == 2
-
-
-def test_a_long_message_does_not_end_the_conversation(capsys: pytest.CaptureFixture[str]) -> None:
-    talk.converse(Chat(Echo(context_length=20)), ask=lines("x" * 50, "hi"))
-    out, err = capsys.readouterr()
-    assert "error: the message has" in err
-    assert "yes!" in out
-
-
-def test_chat_answers_a_pipe(bundle: Path) -> None:
-    argv = [sys.executable, "-m", "rlkit.apps.cli", "chat", str(bundle), "-n", "5"]
-    done = subprocess.run(argv, input="hello\n\n/stats\nagain", capture_output=True, text=True, errors="replace")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("first after") == 3
-    assert done.stdout.strip()
-
-
-def test_chat_as_json_is_a_line_per_reply(capsys: pytest.CaptureFixture[str]) -> None:
-    talk.converse(Chat(Echo()), ask=lines("hi", "again"), json=True)
-    replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [reply["text"] for reply in replies] == ["yes!", "yes!"]
-    assert all(reply["new_tokens"] == 4 and not reply["stopped"] for reply in replies)
+    assert "has no adapter 'prose'; there are poem" in capsys.readouterr().err
 
 
 def test_run_reads_a_pipe(bundle: Path) -> None:
@@ -199,38 +128,51 @@ def test_run_reads_a_pipe(bundle: Path) -> None:
     assert json.loads(done.stdout)["new_tokens"] == 5
 
 
-SLOW = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-from rlkit.apps import talk
-from rlkit.runtime.chat import Chat
-from test_chat import Echo
-
-class Slow(Echo):
-    def generate(self, prompt_ids, max_new_tokens, **sampling):
-        for token in super().generate(prompt_ids, max_new_tokens, **sampling):
-            yield token
-            time.sleep(0.02)
-
-talk.converse(Chat(Slow(context_length=4000, reply="yes, and " * 300)), max_new_tokens=2700)
-"""
+def reply(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert cli.run(["run", *arguments, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_ctrl_c_stops_the_reply_and_not_the_app() -> None:
-    argv = [sys.executable, "-c", SLOW, str(Path(__file__).parent)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as app:
-        assert app.stdin is not None
-        assert app.stdout is not None
-        app.stdin.write("tell me a story\n")
-        app.stdin.flush()
-        said = app.stdout.read(20)
-        app.send_signal(signal.SIGINT)
-        said += app.stdout.readline()
-        out, err = app.communicate("/stats\n/quit\n", timeout=60)
-    assert app.returncode == 0, err
-    assert said.endswith(" (stopped)\n")
-    assert len(said) < 2000
-    assert out == ""
-    assert err.count("first after") == 2  # the stopped reply's line, and /stats
+def test_run_stops_at_a_string(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = reply(capsys, str(bundle), "the cat", "--raw", "-n", "12")["text"]
+    stop = whole[5:7]
+    cut = reply(capsys, str(bundle), "the cat", "--raw", "-n", "12", "--stop", "never", "--stop", stop)
+    assert cut["text"] == whole[: whole.index(stop)]
+    assert (cut["finish_reason"], cut["stop"]) == ("stop", stop)
+
+
+def test_run_gives_logprobs(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = reply(capsys, str(bundle), "the cat", "--raw", "-n", "5", "--logprobs", "3")["logprobs"]
+    assert len(found) == 5
+    for entry in found:
+        assert len(entry["top"]) == 3
+        assert entry["top"][0]["id"] == entry["id"] and entry["top"][0]["logprob"] == pytest.approx(entry["logprob"])
+        assert entry["logprob"] < 0
+
+
+def test_run_follows_a_regex_and_a_schema(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = reply(capsys, str(bundle), "hi", "-n", "12", "--regex", "[ab]{3}c")["text"]
+    assert re.fullmatch("[ab]{3}c", text)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    for given in (str(schema), schema.read_text()):
+        text = reply(capsys, str(bundle), "hi", "-n", "40", "--json-schema", given)["text"]
+        assert json.loads(text) in {"yes", "no"}
+
+
+def test_a_schema_that_the_runtime_refuses_is_one_line(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, value in (("--json-schema", '{"type": "nonsense"}'), ("--regex", "(?=a)b")):
+        assert cli.run(["run", str(bundle), "hi", option, value]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("error: ") and len(err.splitlines()) == 1 and out == ""
+
+
+def test_sampling_options_change_the_reply(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (str(bundle), "the cat", "--raw", "-n", "12")
+    likeliest = reply(capsys, *asked)["text"]
+    hot = (*asked, "--temperature", "2", "--seed", "3")
+    assert reply(capsys, *hot)["text"] != likeliest
+    for narrow in (("--top-k", "1"), ("--min-p", "1"), ("--top-p", "0.000001")):
+        assert reply(capsys, *hot, *narrow)["text"] == likeliest
+    assert reply(capsys, *asked, "--repetition-penalty", "50")["text"] != likeliest
