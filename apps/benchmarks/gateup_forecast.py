@@ -220,7 +220,7 @@ def measured(
         return [{"model": name, "skipped": why}]
     from rlkit.profiles import bench, worker
 
-    folders = [_bundle(name, recipe, out) for recipe in ("w4", "w4w2")]
+    folders = [random_bundle(name, recipe, out) for recipe in ("w4", "w4w2")]
     tests = bench.standard((0,), new_tokens, depths)
     found = worker.measure_bundles(folders, bench.Plan(tests, repeats), tell=tell)
     return [
@@ -273,7 +273,7 @@ def _stand_in_recipe(kind: str) -> recipes.Recipe:
     return recipes.Recipe(f"{kind}-g128", tuple(rules))
 
 
-def _bundle(name: str, kind: str, out: Path) -> Path:
+def random_bundle(name: str, kind: str, out: Path) -> Path:
     """A bundle of random codes, made once; the checkpoint it is made of goes again."""
     import shutil
 
