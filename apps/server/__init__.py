@@ -1,0 +1,1 @@
+"""The HTTP server: bundles behind the interface that OpenAI's clients speak."""
