@@ -21,7 +21,9 @@ PLUGIN = "onnxruntime-ep-"  # how wheels with a provider as a plug-in are named
 OTHER_PLUGINS = ("onnxruntime-qnn",)
 KINDS = ("cpu", "gpu", "npu")
 GENAI_FLAGS = ("cuda", "dml", "webgpu", "qnn", "openvino")
-PACKAGES = re.compile(r"onnxruntime|windowsml$|optimum|transformers$|torch$|numpy$|onnx$|onnx-ir$|rlkit-edge$")
+PACKAGES = re.compile(
+    r"onnxruntime|windowsml$|optimum|transformers$|torch$|numpy$|onnx$|onnx-ir$|safetensors$|model-generate$|rlkit-edge$"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,11 +155,15 @@ def bundle_key(bundle: Path) -> str | None:
     try:
         decoder = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
         shape = {name: decoder.get(name) for name in SHAPE}
-        graph = bundle / str(decoder["filename"])
-        files = (graph, graph.with_name(f"{graph.name}.data"))
-        return _digest({"shape": shape, "nbytes": [file.stat().st_size if file.is_file() else 0 for file in files]})
+        return _digest({"shape": shape, "nbytes": _sizes(bundle, str(decoder["filename"]))})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _sizes(bundle: Path, filename: str) -> list[int]:
+    graph = bundle / filename
+    files = (graph, graph.with_name(f"{graph.name}.data"))
+    return [file.stat().st_size if file.is_file() else 0 for file in files]
 
 
 def _digest(facts: Mapping[str, Any]) -> str:
