@@ -101,4 +101,5 @@ class Steered:
 def last_logits(generator: Any) -> Logits:
     """Logits of the token to come (V,), whether the graph computes those of every token or the last one's."""
     found = np.asarray(generator.get_logits(), np.float32)
-    return found.reshape(-1, found.shape[-1])[-1]
+    last: Logits = found.reshape(-1, found.shape[-1])[-1]
+    return last

@@ -7,7 +7,7 @@ of them, and that one is opened. Graphs in float16 run too; logits are float32 a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,35 +51,69 @@ class Plain:
 
         Raises ValueError for an adapter that is damaged or of another model, and where the graph keeps too few logits.
         """
-        options = None if adapter is None else self._run_options(adapter)
-        try:
-            (found,) = self._session.run(["logits"], self._feeds(ids.astype(np.int64)), options)
-        except Exception as error:
-            if adapter is None:
-                raise
-            raise unfit(adapter.name.removesuffix(ADAPTER_SUFFIX), self._folder, error) from error
-        if found.shape[1] != ids.shape[1]:
-            why = f"{self._folder} computes only the last token's logits and has no {ALL_LOGITS}"
-            raise ValueError(f"{why}; export it with all logits to measure it")
+        (found,) = self._run(["logits"], ids, {}, adapter)
         return np.asarray(found, np.float32)
 
     def outputs(self, names: Sequence[str], ids: NDArray[np.int64]) -> list[NDArray[Any]]:
         """Outputs of the graph by name for rows of ids (B, T): `present.0.key` is (B, KV heads, T, head size)."""
         return list(self._session.run(list(names), self._feeds(ids.astype(np.int64))))
 
+    def tail(self, ids: NDArray[np.int64], last: int, chunk: int = 512) -> NDArray[np.float32]:
+        """Logits (1, last, V) of the end of one row (1, T); what comes before goes into the cache by `chunk` tokens."""
+        names = cache_names(self._decoder)
+        past: dict[str, NDArray[Any]] = {}
+        for start in range(0, ids.shape[1] - last, chunk):
+            part = ids[:, start : min(start + chunk, ids.shape[1] - last)].astype(np.int64)
+            presents = self._session.run(list(names), self._feeds(part, past))
+            past = dict(zip(names.values(), presents, strict=True))
+        (found,) = self._session.run(["logits"], self._feeds(ids[:, -last:].astype(np.int64), past))
+        return np.asarray(found, np.float32)
+
+    def extend(
+        self, ids: NDArray[np.int64], past: Mapping[str, NDArray[Any]], adapter: Path | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+        """Logits (B, T, V) of rows (B, T) that follow the tokens in `past`, at first empty, and the past with them."""
+        names = cache_names(self._decoder)
+        found, *presents = self._run(["logits", *names], ids, past, adapter)
+        return np.asarray(found, np.float32), dict(zip(names.values(), presents, strict=True))
+
+    def _run(
+        self, names: Sequence[str], ids: NDArray[np.int64], past: Mapping[str, NDArray[Any]], adapter: Path | None
+    ) -> list[NDArray[Any]]:
+        """Outputs by name, the logits of every token first."""
+        options = None if adapter is None else self._run_options(adapter)
+        try:
+            found: list[NDArray[Any]] = self._session.run(list(names), self._feeds(ids.astype(np.int64), past), options)
+        except Exception as error:
+            if adapter is None:
+                raise
+            raise unfit(adapter.name.removesuffix(ADAPTER_SUFFIX), self._folder, error) from error
+        if found[0].shape[1] != ids.shape[1]:
+            why = f"{self._folder} computes only the last token's logits and has no {ALL_LOGITS}"
+            raise ValueError(f"{why}; export it with all logits to measure it")
+        return found
+
     def forget(self, adapter: Path) -> None:
         """Give an adapter's memory back, if it was read."""
         self._adapters.pop(adapter, None)
 
-    def _feeds(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """What the graph asks for: the rows (B, T), all of them seen, at positions 0, 1, ..., after an empty cache."""
-        positions = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
-        known = {"input_ids": rows, "attention_mask": np.ones_like(rows), "position_ids": positions}
+    def _feeds(
+        self, rows: NDArray[np.int64], past: Mapping[str, NDArray[Any]] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """What the graph asks for: rows (B, T) that follow the tokens in `past`; unless told there are none."""
+        past = past or {}
+        behind = next(iter(past.values())).shape[2] if past else 0
+        places = np.arange(behind, behind + rows.shape[1])
+        seen = np.ones((len(rows), behind + rows.shape[1]), np.int64)
+        known = {"input_ids": rows, "attention_mask": seen, "position_ids": np.broadcast_to(places, rows.shape)}
         feeds: dict[str, NDArray[Any]] = {}
         for value in self._session.get_inputs():  # an adapter's are not among them: they have defaults
             found = known.get(value.name)
             kind = np.int32 if value.type == "tensor(int32)" else np.int64
-            feeds[value.name] = self._empty_past(value, len(rows)) if found is None else found.astype(kind)
+            if found is not None:
+                feeds[value.name] = found.astype(kind)
+            else:
+                feeds[value.name] = past[value.name] if past else self._empty_past(value, len(rows))
         return feeds
 
     def _empty_past(self, value: Any, rows: int) -> NDArray[Any]:
@@ -101,6 +135,15 @@ class Plain:
         options.log_severity_level = SILENT
         options.add_active_adapter(self._adapters[adapter])
         return options
+
+
+def cache_names(decoder: dict[str, Any]) -> dict[str, str]:
+    """The cache's parts by their names among the graph's outputs -> among its inputs."""
+    parts = [
+        (decoder["outputs"][f"present_{part}_names"], decoder["inputs"][f"past_{part}_names"])
+        for part in ("key", "value")
+    ]
+    return {present % layer: past % layer for layer in range(decoder["num_hidden_layers"]) for present, past in parts}
 
 
 def cache_of(value: Any, decoder: dict[str, Any], folder: Path) -> tuple[int, int, Any]:

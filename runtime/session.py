@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from rlkit.runtime import flows, generation
 from rlkit.runtime.caches import KEPT_COUNT, KEPT_NBYTES, Cache, Caches
+from rlkit.runtime.devices import choose, target_of
 from rlkit.runtime.folder import graph_nbytes, providers, read_bundle, threads_here
 from rlkit.runtime.generation import CHUNK_TOKENS
 from rlkit.runtime.kv import graph_of
@@ -31,10 +32,11 @@ from rlkit.runtime.kv import overlay as kv_overlay
 from rlkit.runtime.loaded import Loaded
 from rlkit.runtime.plain import SILENT, Plain, damaged, first_line, unfit
 from rlkit.runtime.request import Event, Guidance, Logprob, Request, Sampling, Token
+from rlkit.runtime.scoring import scores
+from rlkit.runtime.tuned import settings_for
 
-__all__ = ["DEVICES", "Sampling", "Session", "Token", "open_bundle", "read_bundle", "threads_here"]
+__all__ = ["Sampling", "Session", "Token", "open_bundle", "read_bundle", "threads_here"]
 
-DEVICES = ("cpu", "cuda", "dml", "webgpu", "openvino", "qnn")  # as genai names the providers
 APPENDING = ("cpu", "cuda", "webgpu")  # devices whose cache takes tokens more than once
 KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_names", "past_value_names"}
 CHECKED_GUIDANCE = 64  # grammars remembered as sound
@@ -61,6 +63,7 @@ class Session:
         self.device = device
         self.kv = kv
         self.threads = threads
+        self.why = "asked for"  # the device, in words for a person
         self._config, self._manifest, self._options = config, manifest, options or {}
         self._graph, self._cache = graph_of(folder, config, kv)
         self._model, self._tokenizer = self._open()
@@ -78,6 +81,11 @@ class Session:
     def context_length(self) -> int:
         """Prompt and reply together hold at most this many tokens."""
         return int(self._config["model"]["context_length"])
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        return int(self._config["model"]["vocab_size"])
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -144,7 +152,7 @@ class Session:
 
         A prompt that leaves no room, ids that are none, an adapter that is unknown or damaged, a grammar that is none.
         """
-        prompt, limit, vocab = len(request.prompt_ids), self.context_length, int(self._config["model"]["vocab_size"])
+        prompt, limit, vocab = len(request.prompt_ids), self.context_length, self.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab:
             raise ValueError(f"a prompt id is outside 0..{vocab - 1}; encode the text with this bundle's tokenizer")
         if prompt + min(request.max_new_tokens, 1) > limit:
@@ -223,6 +231,15 @@ class Session:
         file = None if adapter is None else self._loaded.file(adapter)
         return self._measuring().logits(ids, file)
 
+    def score(self, ids: Sequence[int], top: int = 0, adapter: str | None = None) -> list[Logprob]:
+        """Logprobs of ids 1, 2, ... given those before, with the `top` likeliest at each place.
+
+        Opens the measuring graph, which holds the weights once more. Raises ValueError as `check` does.
+        """
+        request = Request(tuple(ids), 0, adapter=adapter, prompt_logprobs=top)
+        self.check(request)
+        return [logprob for some in self._scores(request) for logprob in some]
+
     def close(self) -> None:
         """Give all memory back; the session cannot be used afterwards."""
         self._caches.clear()
@@ -234,7 +251,9 @@ class Session:
         return self._plain
 
     def _scores(self, request: Request) -> Iterator[list[Logprob]]:
-        raise NotImplementedError
+        """A prompt's logprobs, piece by piece."""
+        file = None if request.adapter is None else self._loaded.file(request.adapter)
+        return scores(self._measuring(), request.prompt_ids, request.prompt_logprobs or 0, file)
 
     def _begin(self, request: Request, count: int) -> flows.Flow:
         """A way into the model with room for a request's prompt and `count` tokens."""
@@ -309,15 +328,21 @@ class Session:
 
 
 def open_bundle(bundle: Path, *, device: str = "cpu", threads: int | None = None, kv: str | None = None) -> Session:
-    """Open a bundle folder on a device; `threads` None means what the bundle says, within this process's cores.
+    """Open a bundle folder.
 
-    `kv` is one of the caches that the bundle offers (runtime/kv.py), None its own. Raises FileNotFoundError or
-    ValueError, one line with the remedy: no bundle, a damaged one, another device, no such cache.
+    `device` is what runtime/devices.py chooses by: cpu, auto, a kind or a provider; Session.why says how it went.
+    `threads` None means what was tuned on this machine, else what the bundle says, within this process's cores. `kv` is
+    one of the caches that the bundle offers (runtime/kv.py), None its own. Raises FileNotFoundError or ValueError, one
+    line with the remedy: no bundle, a damaged one, no such device or cache.
     """
-    if device not in DEVICES:
-        raise ValueError(f"device {device!r} is not offered yet; use {' or '.join(DEVICES)}")
     config, manifest = read_bundle(bundle, threads)
-    return Session(bundle, config, manifest, threads or threads_here(config, manifest), device, kv=kv)
+    choice = choose(device, target_of(manifest))
+    tuned = settings_for(bundle) if threads is None and choice.device.provider == "cpu" else None
+    options = {} if tuned is None else tuned.session_options
+    used = threads or (threads_here(config, manifest) if tuned is None else tuned.threads)
+    session = Session(bundle, config, manifest, used, choice.device.provider, kv=kv, options=options)
+    session.why = choice.why
+    return session
 
 
 def _tokens(events: Generator[Event, None, None]) -> Generator[Token, None, None]:

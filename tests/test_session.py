@@ -209,8 +209,10 @@ def test_wrong_folders_are_named(bundle: Path, checkpoint: Path, tmp_path: Path)
         open_bundle(checkpoint)
     with pytest.raises(ValueError, match="no bundle"):
         open_bundle(tmp_path)
-    with pytest.raises(ValueError, match="device 'npu' is not offered yet; use cpu"):
+    with pytest.raises(ValueError, match="a bundle made for cpu does not run on npu; export it again"):
         open_bundle(bundle, device="npu")
+    with pytest.raises(ValueError, match="device 'abacus' does not exist; use auto, cpu"):
+        open_bundle(bundle, device="abacus")
     with pytest.raises(ValueError, match="threads = 0"):
         open_bundle(bundle, threads=0)
 
