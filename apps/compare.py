@@ -102,7 +102,8 @@ class _Asked:
             steps = self.steps if decodes else -(-self.steps // PROMPTS)
             profile = profile_bundle(self.bundle, *size, self.threads, steps)
             taken = series.token_seconds or series.ttft
-            found.append(compare_step(model, profile, taken and taken.p50, all_logits=stated.all_logits))
+            seconds = None if taken is None else taken.p50
+            found.append(compare_step(model, profile, seconds, all_logits=stated.all_logits))
         tell(Progress("profile", len(self.cases), len(self.cases)))
         return Comparison(
             bundle=stated.name,

@@ -325,6 +325,10 @@ def _why(row: Row, step: Compared, where: Where) -> str:
     told, took, slower = row.forecast_seconds, row.measured_seconds, row.difference < 0
     if row.name == UNEXPLAINED:
         return "other work on the machine, as neither kernels nor their starts took it; repeat when it is quiet"
+    if row.name == LOOP and (took or 0.0) < 0:
+        return (
+            f"the graph alone took longer, {_ms(step.plain_seconds)}, as the machine changed; repeat when it is quiet"
+        )
     if row.name == LOOP:
         return f"what generation does beside the graph, which alone takes {_ms(step.plain_seconds)}"
     if took is None:

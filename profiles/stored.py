@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.profiles import benchfile, forecast, sweeps
+from rlkit.profiles.account import LOOP
 from rlkit.profiles.architecture import Architecture
 from rlkit.profiles.bench import Kind, Series
 from rlkit.profiles.table import Table, csv_text
@@ -26,7 +27,10 @@ AGAIN = "make it with `rlkit forecast MODEL -o FILE`"
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a forecast says of one workload, by formula: (TTFT, TPOT) in seconds."""
+    """What a forecast says of one workload, by formula: (TTFT, TPOT) in seconds.
+
+    `generator_seconds`: what TTFT counts for starting a reply, which bench does not time.
+    """
 
     model: str
     recipe: str
@@ -38,6 +42,7 @@ class Told:
     batch: int
     parameters: int | None
     seconds: Mapping[str, tuple[float, float]]
+    generator_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,7 @@ def read_told(table: Mapping[str, Any], where: str = "the forecast") -> Iterator
                 name: (float(table[name]["ttft_seconds"]), float(table[name]["tpot_seconds"]))
                 for name in forecast.FORMULAS
             },
+            generator_seconds=sum(row["seconds"] for row in table["prefill"]["operators"] if row["name"] == LOOP),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is no complete forecast ({error}); {AGAIN}") from error
@@ -155,6 +161,10 @@ def pairs_of(told: tuple[Told, ...], result: benchfile.Result) -> Pairs:
         raise ValueError(_nothing(told, result))
     lengths = {each.new_tokens for each in told}
     notes |= dict.fromkeys(_about_lengths(lengths, result))
+    around = max(each.generator_seconds for each in told)
+    if around:
+        more = f"{milliseconds(around)} ms for making a generator and choosing a token"
+        notes[f"the forecast of TTFT counts {more}; bench times the choice alone"] = None
     if told[0].label != "calibrated":
         notes["the forecast is of peaks, which no kernel reaches; `rlkit calibrate` and --device here make it one"] = (
             None
