@@ -44,6 +44,7 @@ class Wanted:
     text: str = heldout.BUILTIN
     tokens: int = 2048
     measure: bool = True
+    allow_slow: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < FEWEST:
@@ -64,6 +65,7 @@ def kv(  # noqa: PLR0913, one parameter per option of the command
     values: Annotated[str, typer.Option(help="The same for values.")] = Choices().values,
     seed: Annotated[int, typer.Option(help="Draws documents and positions.")] = 0,
     measure: Annotated[bool, typer.Option(help="Compare with the float cache on the text's other half.")] = True,
+    allow_slow: Annotated[bool, typer.Option("--allow-slow", help="Add what `rlkit lint` finds fault with.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
     """Add quantized KV caches to a bundle, or without --add list what it offers and what each costs.
@@ -72,7 +74,8 @@ def kv(  # noqa: PLR0913, one parameter per option of the command
     """
     manifest = read_manifest(bundle)
     if add is not None:
-        wanted = Wanted(kvscales.schemes_named(add), Choices(ranges, keys, values, seed), source, tokens, measure)
+        choices = Choices(ranges, keys, values, seed)
+        wanted = Wanted(kvscales.schemes_named(add), choices, source, tokens, measure, allow_slow)
         with console.progress(quiet=json) as tell:
             manifest = add_caches(bundle, wanted, tell)
     show(bundle, manifest, json)
@@ -90,14 +93,14 @@ def add_caches(bundle: Path, wanted: Wanted, tell: Tell = silent) -> dict[str, A
     config, _manifest = read_bundle(bundle)
     decoder, threads = config["model"]["decoder"], threads_here(config, manifest)
     head_size = int(decoder["head_size"])
-    kvcache.refuse(manifest["target"], head_size, wanted.schemes)
+    kvscales.refuse(manifest["target"], head_size, wanted.schemes)
     attentions = kvcache.attentions(graph.load(bundle / decoder["filename"]), bundle, head_size)
     rows = _rows(bundle, wanted)
     samples = collect(bundle, decoder, attentions, rows[::2], threads=threads, tell=tell)
     facts: dict[str, dict[str, Any]] = {}
     for scheme in wanted.schemes:
         scales = dict(_scales(attentions, samples, scheme, wanted.choices, tell))
-        files = kvcache.add_graphs(bundle, decoder, scheme, scales)
+        files = kvcache.add_graphs(bundle, decoder, scheme, scales, allow_slow=wanted.allow_slow)
         facts[scheme.name] = {
             **_sizes(bundle, config, scheme, files),
             "calibration": _calibration(wanted, rows[::2], list(scales.values())),

@@ -12,7 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from rlkit.apps import console, gate, heldout
+from rlkit.apps import kv as caches
 from rlkit.export import npu, plan, request, targets
+from rlkit.export.kvscales import SCHEMES, refuse, schemes_named
 from rlkit.recover import assets, atomic, contents, source
 from rlkit.recover import recipe as recipes
 
@@ -68,6 +70,10 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     finish: Annotated[
         bool, typer.Option("--finish", help="For npu: let AMD's installed tool make the folder that the NPU runs.")
     ] = False,
+    kv: Annotated[
+        str | None,
+        typer.Option(help=f"Also quantized KV caches, with commas between: {', '.join(SCHEMES)}; see `rlkit kv`."),
+    ] = None,
     allow_slow: Annotated[bool, typer.Option("--allow-slow", help="Ship what `rlkit lint` finds fault with.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be made, and stop.")] = False,
@@ -84,6 +90,7 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     where = targets.target_named(target, provider, dtype)
     if finish and where.device != "npu":
         raise ValueError(f"--finish is for NPUs, and this is for {where.name}; add --target npu, or leave it out")
+    wanted = None if kv is None else caches.Wanted(schemes_named(kv), measure=measure, allow_slow=allow_slow)
     with console.progress(quiet=json) as tell:
         found = source.resolve(model, download=model in assets.registry() and not dry_run, tell=tell)
         options: request.Options = {
@@ -101,6 +108,8 @@ def export(  # noqa: PLR0913, one parameter per option of the command
             "mode": mode,
         }
         planned = request.plan_export(found, **options)
+        if wanted is not None:
+            refuse(where.name, source.read_shape(found).head_dim, wanted.schemes)
         if dry_run:
             show_plan(planned, out, json)
             return
@@ -108,6 +117,8 @@ def export(  # noqa: PLR0913, one parameter per option of the command
 
         measured = gate.measure_export(found, gate=shut, yardstick=gate.Yardstick(text), tell=tell) if measure else None
         build.export_bundle(found, out, force=force, tell=tell, measure=measured, **options)
+        if wanted is not None:
+            caches.add_caches(out, wanted, tell)
         finished = npu.finish(out, force=force, tell=tell) if finish else None
     made(out, json, next_step=_next_step(out, where, finished))
 

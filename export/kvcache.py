@@ -10,7 +10,7 @@ graph, so stock onnxruntime-genai runs it as it runs the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import onnx_ir as ir
 
 from rlkit.export import graph
 from rlkit.export.kvscales import CHANNEL, PER, TENSOR, Attention, LayerScales, Rotation, Scheme, file_name
+from rlkit.export.lint import lint_model
+from rlkit.export.targets import TARGETS
 
 OP = "GroupQueryAttention"
 PAST, PRESENT = slice(3, 5), slice(1, 3)  # places of key and value among inputs and outputs
@@ -38,32 +40,32 @@ def attentions(model: ir.Model, folder: Path, head_size: int) -> tuple[Attention
     return found
 
 
-def refuse(target: str, head_size: int, schemes: Sequence[Scheme]) -> None:
-    """Raise ValueError for a target without a kernel for quantized caches, and for heads that cannot be packed."""
-    if target != "cpu":
-        other = "; set its provider option kvCacheQuantizationBits=4 instead" if target == "webgpu" else ""
-        raise ValueError(f"{target} has no kernel for a quantized KV cache{other}; use --target cpu, or leave --kv out")
-    for scheme in schemes:
-        if head_size * scheme.bits % 8:
-            why = f"heads of {head_size} numbers do not fill whole bytes at {scheme.bits} bits"
-            raise ValueError(f"{why}; use int8, or leave --kv out")
-
-
-def add_graphs(folder: Path, decoder: dict[str, Any], scheme: Scheme, scales: Mapping[str, LayerScales]) -> list[str]:
+def add_graphs(
+    folder: Path,
+    decoder: dict[str, Any],
+    scheme: Scheme,
+    scales: Mapping[str, LayerScales],
+    *,
+    allow_slow: bool = False,
+) -> list[str]:
     """Write the graphs of a bundle with this cache beside its own; the names of the files.
 
-    `decoder` is that block of its genai_config.json, `scales` are by node. Each file is complete or absent; those of another calibration are replaced.
+    `decoder` is that block of its genai_config.json, `scales` are by node. Each file is complete or absent; those of
+    another calibration are replaced. Raises ValueError for attention that the runtime refuses with such a cache, or
+    computes slowly.
     """
-    made = []
-    for name in dict.fromkeys(
-        (ALL_LOGITS, decoder["filename"])
-    ):  # the one that generates last: it is what offers the cache
+    made = {}
+    for name in dict.fromkeys((ALL_LOGITS, decoder["filename"])):
         if (folder / name).is_file():
-            model = graph.load(folder / name)
+            made[file_name(name, scheme.name)] = model = graph.load(folder / name)
             quantize(model, scheme, scales, int(decoder["head_size"]))
-            made.append(file_name(name, scheme.name))
-            _write(model, folder / made[-1])
-    return made
+            findings = [finding for finding in lint_model(model, TARGETS["cpu"]) if finding.op == OP]
+            if findings and not (allow_slow and all(finding.severity == "slow" for finding in findings)):
+                why = f"{findings[0].node} in {name}: {findings[0].reason}; {findings[0].fix}"
+                raise ValueError(why + ("; --allow-slow adds it all the same" if not allow_slow else ""))
+    for name, model in made.items():  # the one that generates comes last: it is what offers the cache
+        _write(model, folder / name)
+    return list(made)
 
 
 def quantize(model: ir.Model, scheme: Scheme, scales: Mapping[str, LayerScales], head_size: int) -> None:

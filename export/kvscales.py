@@ -27,6 +27,7 @@ Floats = NDArray[np.float32]
 CHANNEL, TENSOR = "channel", "tensor"
 PER = {CHANNEL: "PER_CHANNEL", TENSOR: "PER_TENSOR"}  # as GroupQueryAttention says it
 PERCENTILE = 99.9
+HEAD_MULTIPLE = 8  # of head sizes that GroupQueryAttention takes: run, onnxruntime 1.31.1
 SMALLEST = np.float32(1e-6)  # range of a channel that is zero throughout
 RATIOS = np.geomspace(1.0, 0.2, 33, dtype=np.float32)  # of the scale that clips nothing
 
@@ -69,6 +70,17 @@ def schemes_named(words: str) -> tuple[Scheme, ...]:
     if len(set(names)) != len(names):
         raise ValueError(f"kv {words!r} names a cache twice; write {','.join(SCHEMES)}")
     return tuple(scheme_named(name) for name in names)
+
+
+def refuse(target: str, head_size: int, schemes: tuple[Scheme, ...]) -> None:
+    """Raise ValueError for a target without a kernel for quantized caches, and for heads that it does not take."""
+    if target != "cpu":
+        other = "; set its provider option kvCacheQuantizationBits=4 instead" if target == "webgpu" else ""
+        raise ValueError(f"{target} has no kernel for a quantized KV cache{other}; use --target cpu, or leave --kv out")
+    for scheme in schemes:
+        if head_size % HEAD_MULTIPLE:
+            why = f"heads of {head_size} numbers are no multiple of {HEAD_MULTIPLE}"
+            raise ValueError(f"{why}, so the runtime refuses a cache in {scheme.name}; leave --kv out")
 
 
 def file_name(graph: str, scheme: str) -> str:

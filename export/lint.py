@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 
 from rlkit.export import rules
+from rlkit.export.kvscales import SCHEMES, file_name
 from rlkit.export.rules import Finding, Site
 from rlkit.export.targets import TARGETS, Target, target_named
 from rlkit.recover.source import read_json
@@ -67,9 +68,14 @@ def lint_path(path: Path, target: Target | str | None = None) -> Linted:
 
 
 def lint_folder(folder: Path, target: Target | None = None) -> Linted:
-    """Check the models that a folder's genai_config.json names; all .onnx files where there is none."""
+    """Check the models that a folder's genai_config.json names, and those with other KV caches beside them.
+
+    All .onnx files are checked where there is no such configuration.
+    """
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     names = sorted(set(_file_names(config))) or sorted(file.name for file in folder.glob("*.onnx"))
+    caches = {file_name(name, scheme) for name in _file_names(config) for scheme in SCHEMES if not _leaves(name)}
+    names += sorted(name for name in caches - {*names} if (folder / name).is_file())
     if not names:
         raise ValueError(f"{folder} holds no model: no {CONFIG} and no .onnx file; give a bundle folder")
     for name in names:

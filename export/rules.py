@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from rlkit.export.kvrules import quantized_cache
 from rlkit.export.targets import WIDTHS, Target
 
 Severity = Literal["slow", "unsupported"]
@@ -80,6 +81,14 @@ class Site:
     def integer(self, name: str, default: int) -> int:
         """An integer attribute."""
         return integer(self.node, name, default)
+
+    def text(self, name: str, default: str) -> str:
+        """A text attribute."""
+        return default if name not in self.node.attributes else str(_typed(self.node, name, ir.AttributeType.STRING))
+
+    def number(self, name: str, default: float) -> float:
+        """A float attribute."""
+        return default if name not in self.node.attributes else float(_typed(self.node, name, ir.AttributeType.FLOAT))
 
     def input(self, index: int) -> ir.Value | None:
         """An input that is not left out."""
@@ -320,31 +329,7 @@ def group_query_attention(site: Site) -> Iterator[Finding]:
     if site.integer("sliding_window_cache", 0) and not site.has("sliding_cache"):
         found = f"its cache holds only the window (sliding_window_cache), which {name} refuses"
         yield site.finding("unsupported", found, "build without windowed_kv_cache")
-    yield from _quantized_cache(site)
-
-
-def _quantized_cache(site: Site) -> Iterator[Finding]:
-    names = [name for name in ("k_quant_type", "v_quant_type") if name in site.node.attributes]
-    schemes = {str(_typed(site.node, name, ir.AttributeType.STRING)) for name in names} or {"NONE"}
-    if schemes == {"NONE"}:
-        return
-    name = site.target.name
-    if not site.has("quantized_kv"):
-        found = f"its cache is quantized ({', '.join(sorted(schemes))}), which {name} has no kernel for"
-        other = "set the provider option kvCacheQuantizationBits=4 instead" if name == "webgpu" else "use a float cache"
-        yield site.finding("unsupported", found, f"build without kv_cache_quant_scheme; {other}")
-        return
-    if len(schemes) > 1:
-        found = f"keys and values are quantized differently ({', '.join(sorted(schemes))})"
-        yield site.finding("unsupported", found, "quantize both in the same way")
-    if site.integer("kv_cache_bit_width", 8) not in (4, 8):
-        yield site.finding("unsupported", "its cache is neither 4 nor 8 bits wide", "use 4 or 8")
-    softcap = "softcap" in site.node.attributes and _typed(site.node, "softcap", ir.AttributeType.FLOAT) != 0.0
-    extras = {"softcap": softcap, "smooth_softmax": site.integer("smooth_softmax", 0) > 0}
-    extras |= {"head_sink": site.input(11) is not None, "qk_output": site.integer("qk_output", 0) > 0}
-    if used := [extra for extra, there in extras.items() if there]:
-        found = f"with a quantized cache, {' and '.join(used)} keep it from the flash kernel"
-        yield site.finding("slow", found, "use a float cache for this model")
+    yield from quantized_cache(site)
 
 
 def fused_product(site: Site) -> Iterator[Finding]:

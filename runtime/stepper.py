@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlkit.runtime.kv import graph_of
-from rlkit.runtime.plain import cache_of, open_graph
+from rlkit.runtime.plain import cache_names, cache_of, open_graph
 from rlkit.runtime.session import read_bundle, threads_here
 
 Clock = Callable[[], float]
@@ -75,7 +75,7 @@ class Stepper:
             else:
                 kind = np.int32 if value.type == "tensor(int32)" else np.int64
                 binding.bind_cpu_input(value.name, given[value.name].astype(kind))
-        presents = self._presents() if shared else {}
+        presents = cache_names(self._config["model"]["decoder"]) if shared else {}
         for output in self._session.get_outputs():
             if output.name in presents:
                 binding.bind_ortvalue_output(output.name, self._buffers[presents[output.name]])
@@ -97,17 +97,6 @@ class Stepper:
                 numbers = _random(rng, (1, heads, room, size), kind)
                 self._buffers[value.name] = ort.OrtValue.ortvalue_from_numpy(numbers)
         self._room = room
-
-    def _presents(self) -> dict[str, str]:
-        """The cache's name among the outputs -> among the inputs."""
-        decoder = self._config["model"]["decoder"]
-        pairs = [
-            (decoder["outputs"][f"present_{part}_names"], decoder["inputs"][f"past_{part}_names"])
-            for part in ("key", "value")
-        ]
-        return {
-            present % layer: past % layer for layer in range(decoder["num_hidden_layers"]) for present, past in pairs
-        }
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], kind: Any) -> NDArray[Any]:

@@ -121,10 +121,13 @@ def attention(path: Path, inputs: dict[int, str], **attributes: Any) -> Path:
         domain="com.microsoft",
         **{"num_heads": 2, "kv_num_heads": 2, **attributes},
     )
-    return save(path, [node], {}, {name: (TensorProto.FLOAT, None) for name in names if name})
+    kinds = {"pk8": TensorProto.INT8, "pv8": TensorProto.INT8, "pk4": TensorProto.UINT8, "pv4": TensorProto.UINT8}
+    return save(path, [node], {}, {name: (kinds.get(name, TensorProto.FLOAT), None) for name in names if name})
 
 
 SCALED = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+_NO_KIND = {"cpu": "PER_TOKEN does not exist", "webgpu": "", "dml": "", "npu": ""}
+INT8 = {3: "pk8", 4: "pv8", 12: "ks", 13: "vs"}
 
 
 @pytest.mark.parametrize(
@@ -135,11 +138,17 @@ SCALED = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cach
         ({}, {"do_rotary": 1}, {"dml": "do_rotary", "npu": "do_rotary"}),
         ({1: "", 2: ""}, {}, {"dml": "one tensor", "npu": "one tensor"}),
         ({}, {"sliding_window_cache": 1}, {"webgpu": "window", "dml": "window", "npu": "window"}),
-        ({}, SCALED, {"webgpu": "kvCacheQuantizationBits", "dml": "float cache", "npu": "float cache"}),
-        ({11: "sink"}, SCALED, {"cpu": "head_sink", "webgpu": "", "dml": "", "npu": ""}),
-        ({}, SCALED | {"softcap": 30.0}, {"cpu": "softcap", "webgpu": "", "dml": "", "npu": ""}),
-        ({}, SCALED | {"v_quant_type": "NONE"}, {"cpu": "differently", "webgpu": "", "dml": "", "npu": ""}),
-        ({}, SCALED | {"kv_cache_bit_width": 2}, {"cpu": "neither 4 nor 8", "webgpu": "", "dml": "", "npu": ""}),
+        (INT8, SCALED, {"webgpu": "kvCacheQuantizationBits", "dml": "float cache", "npu": "float cache"}),
+        (INT8 | {11: "sink"}, SCALED, {"cpu": "head_sink", "webgpu": "", "dml": "", "npu": ""}),
+        (INT8, SCALED | {"softcap": 30.0}, {"cpu": "softcap", "webgpu": "", "dml": "", "npu": ""}),
+        (INT8, SCALED | {"v_quant_type": "NONE"}, {"cpu": "differently", "webgpu": "", "dml": "", "npu": ""}),
+        (INT8, SCALED | {"kv_cache_bit_width": 2}, {"cpu": "neither 4 nor 8", "webgpu": "", "dml": "", "npu": ""}),
+        (INT8, SCALED | {"kv_cache_bit_width": 4}, {"cpu": "of type INT8", "webgpu": "", "dml": "", "npu": ""}),
+        (INT8 | {3: "pk4", 4: "pv4"}, SCALED | {"kv_cache_bit_width": 4}, {"webgpu": "", "dml": "", "npu": ""}),
+        (INT8 | {3: "pk"}, SCALED, {"cpu": "of type FLOAT", "webgpu": "", "dml": "", "npu": ""}),
+        (INT8 | {13: ""}, SCALED, {"cpu": "no v_scale", "webgpu": "", "dml": "", "npu": ""}),
+        (INT8, {**SCALED, "k_quant_type": "PER_TOKEN", "v_quant_type": "PER_TOKEN"}, _NO_KIND),
+        ({}, {"kv_cache_bit_width": 8}, dict.fromkeys(("cpu", "webgpu", "dml", "npu"), "no quant types")),
     ],
 )
 def test_attention_that_a_provider_lacks_is_found(
