@@ -150,7 +150,7 @@ def _sizes(bundle: Path, config: dict[str, Any], scheme: Scheme, files: list[str
 
 def _calibration(wanted: Wanted, rows: list[list[int]], scales: list[LayerScales]) -> dict[str, Any]:
     errors = {part: float(np.mean([getattr(layer, part) for layer in scales])) for part in ("key_error", "value_error")}
-    return {"text": wanted.text, "tokens": sum(map(len, rows)), **asdict(wanted.choices), **errors}
+    return {"text": Path(wanted.text).name, "tokens": sum(map(len, rows)), **asdict(wanted.choices), **errors}
 
 
 def _costs(

@@ -60,6 +60,7 @@ def card(manifest: dict[str, Any]) -> str:
         _divergence(manifest.get("divergence")),
         _running(manifest),
         _adapters(manifest),
+        _caches(manifest),
         _converted(manifest),
         _limits(manifest),
         _provenance(manifest),
@@ -227,6 +228,24 @@ def _adapters(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"- in the graph: {nbytes / 1e6:.2f} MB, read for every token"
     for name, about in found.items():
         yield f"- `{name}`: {_facts(about)}"
+
+
+def _caches(manifest: dict[str, Any]) -> Iterator[str]:
+    """Quantized KV caches that the bundle offers beside its float one."""
+    found = manifest.get("kv_cache") or {}
+    if not found:
+        return
+    yield "## KV caches"
+    yield ""
+    yield "Other graphs over the same data keep keys and values as integers: `rlkit run . --kv int8`, or with stock"
+    yield "onnxruntime-genai this file as `model.decoder.filename`."
+    yield ""
+    yield "| cache | file | bytes per token | of the float cache | KL to the float cache |"
+    yield "|---|---|---|---|---|"
+    for name, facts in found.items():
+        nbytes, cost = facts["nbytes_per_token"], facts.get("divergence")
+        share, kl = nbytes / facts["float_nbytes_per_token"], f"{cost['kl_mean']:.4f}" if cost else "not measured"
+        yield f"| {_line(name)} | `{_line(facts['files'][-1])}` | {nbytes} | {share:.1%} | {kl} |"
 
 
 def _converted(manifest: dict[str, Any]) -> Iterator[str]:

@@ -42,12 +42,12 @@ class Scheme:
     @property
     def lowest(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:
         """The largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def nbytes(self, head_size: int) -> int:
         """Bytes of one token's keys, or values, of one KV head."""
@@ -124,8 +124,9 @@ def scales_of(sample: Floats, scheme: Scheme, ranges: str, per: str) -> Floats:
 
 def rounded(sample: Floats, scales: Floats, scheme: Scheme) -> Floats:
     """What the cache gives back for values (n, C) under scales (C,) or (1,)."""
-    codes = np.rint(sample / scales)
-    return np.clip(codes, scheme.lowest, scheme.highest, out=codes) * scales
+    codes: Floats = np.rint(sample / scales)
+    np.clip(codes, scheme.lowest, scheme.highest, out=codes)
+    return codes * scales
 
 
 def relative_error(sample: Floats, scales: Floats, scheme: Scheme) -> float:
@@ -196,6 +197,8 @@ class Choices:
         for per in (self.keys, self.values):
             if per not in PER:
                 raise ValueError(f"scales per {per!r} do not exist; use {' or '.join(PER)}")
+        if self.seed < 0:
+            raise ValueError(f"seed = {self.seed} is negative; use 0 or more")
 
 
 def deeper(keys: Floats, rotation: Rotation, seed: int) -> Floats:
@@ -206,9 +209,8 @@ def deeper(keys: Floats, rotation: Rotation, seed: int) -> Floats:
     """
     tokens, half = len(keys), rotation.cos.shape[1]
     at = np.random.default_rng(seed).integers(0, len(rotation.cos), tokens)
-    cos, sin = rotation.cos[at][:, None], rotation.sin[at][:, None]  # (n, 1, half)
-    length = np.maximum(np.hypot(cos, sin), SMALLEST)
-    cos, sin = cos / length, sin / length
+    angles: Floats = np.arctan2(rotation.sin[at], rotation.cos[at])[:, None]  # (n, 1, half)
+    cos, sin = np.cos(angles), np.sin(angles)
     first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if rotation.interleaved else _halves(half)
     turned = keys.copy()  # channels behind the tables' stay as they are
     turned[..., first] = keys[..., first] * cos - keys[..., second] * sin
@@ -230,10 +232,8 @@ def calibrate(attention: Attention, sample: Sample, scheme: Scheme, choices: Cho
         raise ValueError(f"keys or values of {attention.node} hold NaN or infinity, so no range fits; check the model")
     if attention.rotation is not None:
         keys = np.concatenate([keys, deeper(keys, attention.rotation, choices.seed)])
-    rows = [part.reshape(len(part), attention.channels) for part in (keys, values)]
-    found = [
-        scales_of(part, scheme, choices.ranges, per)
-        for part, per in zip(rows, (choices.keys, choices.values), strict=True)
-    ]
-    errors = [relative_error(part, scales, scheme) for part, scales in zip(rows, found, strict=True)]
-    return LayerScales(*found, *errors)
+    keys, values = (part.reshape(len(part), attention.channels) for part in (keys, values))
+    key_scales = scales_of(keys, scheme, choices.ranges, choices.keys)
+    value_scales = scales_of(values, scheme, choices.ranges, choices.values)
+    errors = relative_error(keys, key_scales, scheme), relative_error(values, value_scales, scheme)
+    return LayerScales(key_scales, value_scales, *errors)

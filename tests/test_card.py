@@ -146,6 +146,18 @@ def test_notes_of_the_target_and_adapter_files_are_listed() -> None:
     assert "- not run on an NPU" in text and "- `fr`: rank 8, nbytes 100" in text
 
 
+def test_kv_caches_are_listed_with_what_they_save_and_cost() -> None:
+    assert "KV caches" not in card(manifest())
+    sizes = {"nbytes_per_token": 128, "float_nbytes_per_token": 1024}
+    caches = {
+        "int8": sizes | {"files": ["logits.kv-int8.onnx", "model.kv-int8.onnx"], "divergence": {"kl_mean": 0.0123}},
+        "int4": sizes | {"files": ["model.kv-int4.onnx"]},
+    }
+    text = card(manifest(kv_cache=caches))
+    assert "| int8 | `model.kv-int8.onnx` | 128 | 12.5% | 0.0123 |" in text
+    assert "| int4 | `model.kv-int4.onnx` | 128 | 12.5% | not measured |" in text
+
+
 def test_tensors_that_fared_alike_share_a_row() -> None:
     same = {"type": "Q4_0", "became": "4 bits, group 32", "why": "same codes"}
     rows = [{"tensor": "a", **same}, {"tensor": "b", **same}, {"tensor": "n", "type": "F32", "became": "float"}]
