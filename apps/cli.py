@@ -58,6 +58,7 @@ COMMANDS = {
     "calibrate": Command("rlkit.apps.calibrate:calibrate", "Measure this machine, for forecasts.", "Know"),
     "devices": Command("rlkit.apps.devices:devices", "What is known of processors, with every source.", "Know"),
     "forecast": Command("rlkit.apps.forecast:forecast", "Forecast speed, memory and energy on a device.", "Know"),
+    "report": Command("rlkit.apps.report:report", "Merge several machines' results into a table and a page.", "Know"),
 }
 
 

@@ -84,7 +84,7 @@ class Graph:
             raise ValueError(f"a cache of {room} tokens exceeds the context of {limit}; ask for fewer")
         if room == self._room and fill == self._fill:
             return  # what came after it is written over
-        self._cache = {name: self._buffer(name, room) for name, _present in self._pairs()}
+        self._cache = self._buffers(room)
         self._fill, self._room = fill, room
         for start in range(0, len(fill), FILL_TOKENS):
             self.step(fill[start : start + FILL_TOKENS], start)
@@ -98,20 +98,31 @@ class Graph:
                 if name in self._inputs:
                     yield name, outputs[f"present_{part}_names"] % layer
 
-    def _buffer(self, name: str, room: int) -> Any:
+    def _buffers(self, room: int) -> dict[str, Any]:
+        """Caches for `room` tokens. On a device the runtime itself makes them, as what a first step leaves there."""
         import onnxruntime as ort
 
-        value = self._inputs[name]
-        _, heads, _, size = value.shape  # names where the graph leaves them open
-        heads = heads if isinstance(heads, int) else self._decoder["num_key_value_heads"]
-        size = size if isinstance(size, int) else self._decoder["head_size"]
-        zeros = np.zeros((1, heads, room, size), KINDS[value.type])
+        made = {}
+        for name, _present in self._pairs():
+            _, heads, _, size = self._inputs[name].shape  # names where the graph leaves them open
+            heads = heads if isinstance(heads, int) else self._decoder["num_key_value_heads"]
+            size = size if isinstance(size, int) else self._decoder["head_size"]
+            zeros = np.zeros((1, heads, room, size), KINDS[self._inputs[name].type])
+            made[name] = ort.OrtValue.ortvalue_from_numpy(zeros)
         if self.provider == "cpu":
-            return ort.OrtValue.ortvalue_from_numpy(zeros)
-        return ort.OrtValue.ortvalue_from_numpy(zeros, self.provider, 0)
+            return made
+        left = self._run([0], 0, made, {})
+        return {name: left[present] for name, present in self._pairs()}
 
     def step(self, ids: list[int], past: int) -> int:
         """Append ids after `past` tokens and return the likeliest next one."""
+        presents = {present: self._cache[name] for name, present in self._pairs()}
+        found = self._run(ids, past, self._cache, presents)
+        logits = found[self._decoder["outputs"].get("logits", "logits")].numpy()
+        return int(np.argmax(logits[0, -1]))
+
+    def _run(self, ids: list[int], past: int, cache: dict[str, Any], presents: dict[str, Any]) -> dict[str, Any]:
+        """Outputs by name; caches go where `presents` says, or stay on the device."""
         binding = self._session.io_binding()
         total = past + len(ids)
         given: dict[str, NDArray[Any]] = {
@@ -123,18 +134,17 @@ class Graph:
             if name in self._inputs:
                 kind = np.int32 if self._inputs[name].type == "tensor(int32)" else np.int64
                 binding.bind_cpu_input(name, np.ascontiguousarray(array, kind))
-        presents = {present: self._cache[name] for name, present in self._pairs()}
-        for name, value in self._cache.items():
+        for name, value in cache.items():
             binding.bind_ortvalue_input(name, value)
-        for output in self._session.get_outputs():
-            if output.name in presents:
-                binding.bind_ortvalue_output(output.name, presents[output.name])
-            else:
-                binding.bind_output(output.name, "cpu")
-        self._session.run_with_iobinding(binding)
+        kept = {present for _name, present in self._pairs()}
         names = [output.name for output in self._session.get_outputs()]
-        logits = binding.get_outputs()[names.index(self._decoder["outputs"].get("logits", "logits"))].numpy()
-        return int(np.argmax(logits[0, -1]))
+        for name in names:
+            if name in presents:
+                binding.bind_ortvalue_output(name, presents[name])
+            else:
+                binding.bind_output(name, self.provider if name in kept else "cpu", 0)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(names, binding.get_outputs(), strict=True))
 
 
 class Genai:

@@ -17,8 +17,6 @@ from rlkit.profiles.bench import Kind
 from rlkit.profiles.devicerun import Row, Run
 from rlkit.profiles.timing import milliseconds
 
-QUICK_MODELS, QUICK_CONTEXTS, QUICK_REPEATS = ("smollm2-135m",), (0, 1024), 2
-
 
 def command(family: Family, tools: Tools | None = None) -> Callable[..., None]:
     """The function behind a family's script."""
@@ -34,8 +32,8 @@ def command(family: Family, tools: Tools | None = None) -> Callable[..., None]:
         models: Annotated[str | None, typer.Option(help=f"Of {', '.join(standard.MODELS)}.")] = None,
         recipes: Annotated[str, typer.Option(help="With commas between.")] = ",".join(standard.RECIPES),
         contexts: Annotated[str | None, typer.Option(help="Tokens in the cache before decode is timed.")] = None,
-        prompt: Annotated[int, typer.Option(min=0, help="Prompt tokens (pp); 0 for none.")] = standard.PROMPT,
-        generate: Annotated[int, typer.Option(min=1, help="Tokens to decode (tg).")] = standard.NEW,
+        prompt: Annotated[int | None, typer.Option(min=0, help="Prompt tokens (pp), 512; 0 for none.")] = None,
+        generate: Annotated[int | None, typer.Option(min=1, help="Tokens to decode (tg), 128.")] = None,
         repeats: Annotated[int | None, typer.Option(min=1, help="Measured rounds of each test.")] = None,
         quick: Annotated[bool, typer.Option("--quick", help="The smallest model, two depths, two rounds.")] = False,
         bundles: Annotated[list[Path] | None, typer.Option(help="Bundle folders in place of random weights.")] = None,
@@ -55,13 +53,14 @@ def command(family: Family, tools: Tools | None = None) -> Callable[..., None]:
             raise ValueError("there is no file for the result; name it with -o FILE.json")
         if software and family.name != "webgpu":
             raise ValueError(f"--software is for webgpu, not for {family.name}; leave it out")
-        named = QUICK_MODELS if quick else standard.DEFAULT_MODELS
+        scale = standard.SOFTWARE if software else standard.QUICK if quick else standard.FULL
+        prompt, generate = scale.prompt if prompt is None else prompt, generate or scale.new_tokens
         asked = Asked(
             output=output or Path(f"{family.name}.json"),
-            models=_words(models) if models is not None else () if folders else named,
+            models=_words(models) if models is not None else () if folders else scale.models,
             recipes=_words(recipes),
-            tests=standard.tests_of(_contexts(contexts, quick=quick), prompt, generate),
-            repeats=repeats or (QUICK_REPEATS if quick else standard.REPEATS),
+            tests=standard.tests_of(_contexts(contexts) or scale.contexts, prompt, generate),
+            repeats=repeats or scale.repeats,
             bundles=folders,
             threads=threads,
             device=device,
@@ -94,9 +93,9 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _contexts(text: str | None, *, quick: bool) -> tuple[int, ...]:
+def _contexts(text: str | None) -> tuple[int, ...]:
     if text is None:
-        return QUICK_CONTEXTS if quick else standard.CONTEXTS
+        return ()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:

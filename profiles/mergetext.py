@@ -1,0 +1,219 @@
+"""A merged report as tables, as comma-separated numbers, and what its numbers say in sentences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+from rlkit.profiles.bench import Kind
+from rlkit.profiles.merged import Cell, Line, Machine, Merged
+from rlkit.profiles.table import Table, csv_text
+from rlkit.profiles.timing import milliseconds
+
+MARK = "*"
+NOTE = (
+    "tokens/s, mean ± standard deviation over rounds; in brackets the forecast's time over the measured one, less 1. "
+    f"{MARK} the fastest of the row, and whoever is within its scatter."
+)
+PAIR = ("w4", "w4w2-gateup")
+
+
+def tables(merged: Merged) -> tuple[Table, ...]:
+    """What a terminal and markdown show: speeds, bandwidth, machines, skips; empty ones are left out."""
+    made = (speeds(merged), bandwidths(merged), machines(merged), skips(merged))
+    return tuple(table for table in made if table.rows)
+
+
+def columns(merged: Merged) -> tuple[str, ...]:
+    """Labels of machines that measured anything."""
+    have = {label for line in merged.lines for label in line.cells}
+    return tuple(machine.label for machine in merged.machines if machine.label in have)
+
+
+def speeds(merged: Merged) -> Table:
+    """Every test a row, every machine a column."""
+    labels = columns(merged)
+    rows = [
+        (line.model, line.recipe, line.test.name, *(_speed(line, label) for label in labels)) for line in merged.lines
+    ]
+    return Table("Speed", ("model", "recipe", "test", *labels), tuple(rows), NOTE)
+
+
+def _speed(line: Line, label: str) -> str:
+    cell = line.cells.get(label)
+    if cell is None:
+        return ""
+    error = "" if cell.error is None else f" ({percent(cell.error)})"
+    return f"{rate_text(cell)}{error}{f' {MARK}' if label in line.best else ''}"
+
+
+def rate_text(cell: Cell) -> str:
+    """Tokens/s with as many digits as matter."""
+    return cell.tokens_per_s.text(2 if cell.tokens_per_s.mean < 10 else 1)
+
+
+def percent(share: float) -> str:
+    """A share as a signed percentage."""
+    return f"{100 * share:+.0f} %"
+
+
+def bandwidths(merged: Merged) -> Table:
+    """GB/s that decode reached, beside what a token reads."""
+    labels = columns(merged)
+    rows = []
+    for line in merged.lines:
+        if line.test.kind is not Kind.DECODE:
+            continue
+        moved = next((cell.nbytes_per_token for cell in line.cells.values() if cell.nbytes_per_token), None)
+        cells = ("" if (c := line.cells.get(label)) is None else _giga(c.bytes_per_s) for label in labels)
+        rows.append((line.model, line.recipe, line.test.name, "" if moved is None else f"{moved / 1e6:.1f}", *cells))
+    note = "Weights and cache that a token reads, over its mean time."
+    return Table("Bandwidth of decode, GB/s", ("model", "recipe", "test", "MB/token", *labels), tuple(rows), note)
+
+
+def _giga(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e9:.1f}"
+
+
+def machines(merged: Merged) -> Table:
+    """What each machine is, and what ran there."""
+    rows = [(machine.label, *machine_facts(merged, machine)) for machine in merged.machines]
+    names = ("processor", "cores", "memory", "system", "provider", "driver", "versions", "measured")
+    return Table("Machines", ("machine", *names), tuple(rows))
+
+
+def machine_facts(merged: Merged, machine: Machine) -> tuple[str, ...]:
+    """Processor, cores, memory, system, provider, driver, versions, dates."""
+    cells = cells_of(merged, machine.label)
+    versions: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        for name, version in cell.versions.items():
+            versions.setdefault(name, {})[version] = None
+    said = ", ".join(f"{name} {'/'.join(found)}" for name, found in sorted(versions.items()))
+    dates = sorted({cell.date[:10] for cell in cells})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "nothing"
+    host, part = machine.host, machine.part
+    size = f"{host.memory_nbytes / 2**30:.0f} GiB"
+    driver = "software" if part.software else part.driver
+    return host.cpu, str(host.cores), size, host.system, part.provider, driver, said, when
+
+
+def cells_of(merged: Merged, label: str) -> list[Cell]:
+    """Everything one machine measured."""
+    return [line.cells[label] for line in merged.lines if label in line.cells]
+
+
+def skips(merged: Merged) -> Table:
+    """What was not measured, and why."""
+    rows = tuple((left.machine, left.what, left.reason) for left in merged.skips)
+    return Table("Not measured", ("machine", "what", "why"), rows)
+
+
+def findings(merged: Merged) -> tuple[str, ...]:
+    """What the numbers say."""
+    return (*_fastest(merged), *_gains(merged), *_forecasts(merged))
+
+
+def _fastest(merged: Merged) -> Iterator[str]:
+    """Decode and prefill of each machine against the one that is best in most shared tests."""
+    labels = [machine.label for machine in merged.machines if not machine.part.software]
+    for kind, what in ((Kind.DECODE, "decodes"), (Kind.PREFILL, "reads prompts")):
+        lines = [line for line in merged.lines if line.test.kind is kind and len(line.cells) > 1]
+        wins = {label: sum(label in line.best for line in lines) for label in labels}
+        top = max(labels, key=lambda label: wins[label], default="")
+        for label in labels:
+            shared = [line.cells for line in lines if label in line.cells and top in line.cells]
+            if label == top or not shared:
+                continue
+            ratio = statistics.median(cells[top].tokens_per_s.mean / cells[label].tokens_per_s.mean for cells in shared)
+            count = f"the median of {len(shared)} shared tests" if len(shared) > 1 else "in the one test they share"
+            how = f"{ratio:.2f} times as fast as" if abs(ratio - 1) > 0.02 else "as fast as"
+            yield f"{top} {what} {how} {label}, {count}."
+
+
+def _gains(merged: Merged) -> Iterator[str]:
+    """What 2-bit gate and up projections bring beside 4 bits, on each machine."""
+    pairs: dict[str, list[tuple[float, str]]] = {}
+    lines = {(line.model, line.recipe, line.test): line for line in merged.lines}
+    for (model, recipe, test), base in lines.items():
+        mixed = lines.get((model, PAIR[1], test))
+        if recipe != PAIR[0] or mixed is None or test.kind is not Kind.DECODE:
+            continue
+        for label in base.cells:
+            if label in mixed.cells:
+                gain = mixed.cells[label].tokens_per_s.mean / base.cells[label].tokens_per_s.mean - 1
+                pairs.setdefault(label, []).append((gain, f"{model}, {test.name}"))
+    for label, gains in pairs.items():
+        low, high = min(gains), max(gains)
+        span = f"{percent(low[0])} ({low[1]})"
+        span += f" to {percent(high[0])} ({high[1]})" if len(gains) > 1 else ""
+        yield f"{label}: 2-bit gate and up projections change decode speed against {PAIR[0]} by {span}."
+
+
+def _forecasts(merged: Merged) -> Iterator[str]:
+    """How far forecasts were off, machine by machine."""
+    for machine in merged.machines:
+        cells = cells_of(merged, machine.label)
+        errors = [abs(cell.error) for cell in cells if cell.error is not None]
+        labels = sorted({cell.forecast.label for cell in cells if cell.forecast is not None})
+        if errors:
+            middle, worst = statistics.median(errors), max(errors)
+            said = f"the median error is {100 * middle:.0f} %, the worst {100 * worst:.0f} %"
+            yield f"{machine.label}: forecasts ({', '.join(labels)}) of {len(errors)} tests; {said}."
+
+
+def to_csv(merged: Merged) -> str:
+    """A line for every test of every machine, in SI units."""
+    rows = [
+        _numbers(machine, line) for line in merged.lines for machine in merged.machines if machine.label in line.cells
+    ]
+    return csv_text(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+
+
+def _numbers(machine: Machine, line: Line) -> dict[str, object]:
+    cell = line.cells[machine.label]
+    decodes, rate, seconds = line.test.kind is Kind.DECODE, cell.tokens_per_s, cell.seconds
+    return {
+        "machine": machine.label,
+        "cpu": machine.host.cpu,
+        "family": machine.part.family,
+        "device": machine.part.name,
+        "driver": machine.part.driver,
+        "software": machine.part.software,
+        "threads": machine.threads,
+        "model": line.model,
+        "recipe": line.recipe,
+        "test": line.test.name,
+        "tokens": line.test.tokens,
+        "depth": line.test.depth,
+        "rounds": rate.count,
+        "tokens_per_s": rate.mean,
+        "tokens_per_s_std": rate.std,
+        "ttft_seconds": None if decodes else seconds.p50,
+        "token_p50_seconds": seconds.p50 if decodes else None,
+        "token_p95_seconds": seconds.p95 if decodes else None,
+        "nbytes_per_token": cell.nbytes_per_token,
+        "bytes_per_s": cell.bytes_per_s,
+        "peak_nbytes": cell.peak_nbytes,
+        "forecast_seconds": cell.forecast and cell.forecast.seconds,
+        "forecast_label": cell.forecast and cell.forecast.label,
+        "forecast_error": cell.error,
+        "best": machine.label in line.best,
+        "weights": cell.weights,
+        "date": cell.date,
+        "versions": " ".join(f"{name}={version}" for name, version in sorted(cell.versions.items())),
+        "file": cell.file,
+    }
+
+
+def cell_text(cell: Cell, kind: Kind) -> str:
+    """Everything a cell knows, in one line, for those who ask."""
+    what = "per token" if kind is Kind.DECODE else "to the first token"
+    parts = [f"{milliseconds(cell.seconds.p50)} ms {what} (p50), {milliseconds(cell.seconds.p95)} ms (p95)"]
+    if cell.forecast is not None:
+        parts.append(f"forecast {milliseconds(cell.forecast.seconds)} ms, {cell.forecast.label}")
+    if cell.bytes_per_s is not None and cell.nbytes_per_token is not None:
+        parts.append(f"{cell.nbytes_per_token / 1e6:.1f} MB per token, {cell.bytes_per_s / 1e9:.1f} GB/s")
+    if cell.peak_nbytes is not None:
+        parts.append(f"peak {cell.peak_nbytes / 1e6:.0f} MB")
+    return "; ".join([*parts, f"{cell.tokens_per_s.count} rounds", cell.weights, cell.date, cell.file])
