@@ -1,7 +1,7 @@
 """Caches of finished replies, kept so that a prompt which begins as one of them did is not computed again.
 
 A kept cache is rewound to the longest prefix that it shares with the new prompt. One of which less than half would
-stay is left to the conversation it belongs to; the oldest go when there are too many or too many bytes.
+stay is left to the conversation it belongs to, unless it holds the whole prompt; the oldest go when there are too many or too many bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from rlkit.runtime import genai
+
 KEPT_COUNT = 4
 KEPT_NBYTES = 2**30
 LEAST_ROOM = 256
@@ -21,7 +23,7 @@ LEAST_ROOM = 256
 class Cache:
     """genai's generator with room for `room` tokens, of which it holds `ids`; all of one adapter."""
 
-    generator: Any
+    generator: genai.Generator
     adapter: str | None
     room: int
     ids: list[int] = field(default_factory=list)
@@ -84,7 +86,7 @@ class Caches:
         fitting = [cache for cache in self._kept if cache.adapter == adapter and cache.room >= room]
         offers = [(_shared(cache.ids, wanted), cache) for cache in fitting]
         for shared, cache in sorted(offers, key=lambda offer: offer[0], reverse=True):
-            if shared and 2 * shared >= len(cache.ids):
+            if shared and (2 * shared >= len(cache.ids) or shared == len(wanted)):
                 self._kept.remove(cache)
                 if _rewound(cache, shared):
                     return cache

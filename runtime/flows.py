@@ -8,10 +8,11 @@ append only once, or for models that change their rotation at some length, its o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from rlkit.runtime import genai
 from rlkit.runtime.caches import Cache, Caches
 from rlkit.runtime.sampling import Logits, Sampler
 
@@ -75,7 +76,7 @@ class Steered:
 
     reused = 0
 
-    def __init__(self, generator: Any, *, whole: bool = True) -> None:
+    def __init__(self, generator: genai.Generator, *, whole: bool = True) -> None:
         self._generator = generator
         self.whole = whole
 
@@ -95,11 +96,11 @@ class Steered:
 
     def close(self) -> None:
         """Give the memory back."""
-        self._generator = None
+        del self._generator
 
 
-def last_logits(generator: Any) -> Logits:
+def last_logits(generator: genai.Generator) -> Logits:
     """Logits of the token to come (V,), whether the graph computes those of every token or the last one's."""
-    found = np.asarray(generator.get_logits(), np.float32)
+    found = generator.get_logits()
     last: Logits = found.reshape(-1, found.shape[-1])[-1]
     return last

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
+from rlkit.runtime import genai
 from rlkit.runtime.plain import ADAPTER_SUFFIX, damaged, first_line
 
 ADAPTERS = "adapters"
@@ -14,9 +14,9 @@ ADAPTERS = "adapters"
 class Loaded:
     """What a genai model has mapped of a bundle's adapters; threads may name adapters while another uses them."""
 
-    def __init__(self, folder: Path, model: Any) -> None:
+    def __init__(self, folder: Path, model: genai.Model) -> None:
         self._folder, self._model = folder, model
-        self._adapters: Any = None  # genai's, with those in self._names
+        self._adapters: genai.Adapters | None = None  # genai's, with those in self._names
         self._names: set[str] = set()
         self._lock = threading.Lock()
 
@@ -35,31 +35,30 @@ class Loaded:
 
     def load(self, adapter: str) -> None:
         """Map an adapter if it is not yet; ValueError where it is unknown or damaged."""
-        import onnxruntime_genai as og
-
         file = self.file(adapter)
         with self._lock:
             if adapter in self._names:
                 return
             if self._adapters is None:
-                self._adapters = og.Adapters(self._model)
+                self._adapters = genai.Adapters(self._model)
             try:
                 self._adapters.load(str(file), adapter)
             except RuntimeError as error:
                 raise damaged(file, error) from error
             self._names.add(adapter)
 
-    def activate(self, generator: Any, adapter: str) -> None:
+    def activate(self, generator: genai.Generator, adapter: str) -> None:
         """Have a generator use an adapter; it is loaded once more if it was unloaded since it was asked for."""
         self.load(adapter)
         with self._lock:
-            generator.set_active_adapter(self._adapters, adapter)
+            if self._adapters is not None:
+                generator.set_active_adapter(self._adapters, adapter)
 
     def unload(self, adapter: str) -> None:
         """Give an adapter's memory back; ValueError while a generator uses it."""
         self.file(adapter)
         with self._lock:
-            if adapter not in self._names:
+            if self._adapters is None or adapter not in self._names:
                 return
             try:
                 self._adapters.unload(adapter)

@@ -70,10 +70,14 @@ class Grammar(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """A reply's structure: a JSON schema (as text), a regular expression or a Lark grammar."""
+    """A reply's structure: a JSON schema (as text), a regular expression or a Lark grammar. ValueError without text."""
 
     kind: Grammar
     text: str
+
+    def __post_init__(self) -> None:
+        if not self.text.strip() or "\0" in self.text:
+            raise ValueError(f"the {self.kind.value} is empty or holds a NUL; say what the reply shall follow")
 
 
 @dataclass(frozen=True, slots=True)

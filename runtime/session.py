@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit.runtime import flows, generation
+from rlkit.runtime import flows, genai, generation
 from rlkit.runtime.caches import KEPT_COUNT, KEPT_NBYTES, Cache, Caches
 from rlkit.runtime.devices import choose, target_of
 from rlkit.runtime.folder import graph_nbytes, providers, read_bundle, threads_here
 from rlkit.runtime.generation import CHUNK_TOKENS
+from rlkit.runtime.guided import grammar_text, refused
 from rlkit.runtime.kv import graph_of
 from rlkit.runtime.kv import overlay as kv_overlay
 from rlkit.runtime.loaded import Loaded
@@ -113,7 +114,7 @@ class Session:
         """Bound the caches kept after their replies; 0 keeps none. Those kept until now are forgotten."""
         self._caches = Caches(self._new_cache, self.cache_token_nbytes, self.context_length, count, nbytes)
 
-    def generator(self, room: int) -> Any:
+    def generator(self, room: int) -> genai.Generator:
         """genai's own generator with a cache for `room` tokens; stop tokens are never chosen. For measuring."""
         return self._generator(room, do_sample=False, min_length=room)
 
@@ -281,35 +282,31 @@ class Session:
     def _new_cache(self, adapter: str | None, room: int) -> Cache:
         return Cache(self._adapted(adapter, room), adapter, room)
 
-    def _adapted(self, adapter: str | None, room: int, guidance: Guidance | None = None) -> Any:
+    def _adapted(self, adapter: str | None, room: int, guidance: Guidance | None = None) -> genai.Generator:
         generator = self._generator(room, guidance, do_sample=False)
         if adapter is not None:
             self._loaded.activate(generator, adapter)
         return generator
 
-    def _generator(self, room: int, guidance: Guidance | None = None, **search: Any) -> Any:
+    def _generator(self, room: int, guidance: Guidance | None = None, **search: bool | int) -> genai.Generator:
         """A generator of genai; ValueError where its grammar is none."""
-        import onnxruntime_genai as og
-
-        params = og.GeneratorParams(self._model)
+        params = genai.GeneratorParams(self._model)
         params.set_search_options(max_length=room, **search)
         if guidance is None:
-            return og.Generator(self._model, params)
-        params.set_guidance(guidance.kind.value, guidance.text)
+            return genai.Generator(self._model, params)
+        params.set_guidance(guidance.kind.value, grammar_text(guidance))
         try:
-            return og.Generator(self._model, params)
+            return genai.Generator(self._model, params)
         except RuntimeError as error:
-            why = " ".join(str(error).removeprefix("Error creating grammar: ").split())[:300]
-            raise ValueError(f"the {guidance.kind.value} cannot be followed: {why}; correct it") from error
+            raise refused(guidance, error) from error
 
-    def _open(self) -> tuple[Any, Any]:
+    def _open(self) -> tuple[genai.Model, Any]:
         import onnxruntime_genai as og
 
         quiet = {**self._options, "intra_op_num_threads": self.threads, "log_severity_level": SILENT}
-        og.disable_telemetry_events()  # nothing about the model or its use leaves this machine
         settings = {"model": {"decoder": {"session_options": quiet}}}
         try:
-            config = og.Config(str(self.folder))
+            config = genai.Config(str(self.folder))
             config.overlay(json.dumps(settings))
             if self.kv is not None:
                 config.overlay(json.dumps(kv_overlay(self._graph)))
@@ -318,8 +315,7 @@ class Session:
             elif self.device not in providers(self._config):
                 config.clear_providers()
                 config.append_provider(self.device)
-            model = og.Model(config)
-            return model, og.Tokenizer(model)
+            return genai.Model(config), og.Tokenizer(str(self.folder))
         except Exception as error:  # the library raises bare RuntimeError and its own kinds
             if self.device != "cpu":
                 why = f"{self.folder} cannot be opened on {self.device}: {first_line(error)}"
