@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -73,6 +73,9 @@ def _forget(bundle: Path, *, json: bool) -> None:
 
 
 def _show(outcome: Outcome, path: Path | None) -> None:
+    if outcome.busy:
+        used = f"other programs used {100 * (outcome.load or 0):.0f} % of the machine"
+        console.say(f"{used}: what was found suits a busy one; tune again while nothing else runs")
     rows = [row(trial) for trial in outcome.trials]
     if rows:
         console.table(("varied", "tried", "time", "prompt", "reply", "noise", ""), rows)
@@ -111,9 +114,3 @@ def _gain(against: Verdict | None) -> str:
         return ""
     prompts, replies = (f"{100 * (1 / time - 1):+.1f} %" for time in (against.prefill, against.decode))
     return f"; against the default prompts {prompts}, replies {replies} tokens/s"
-
-
-def facts(bundle: Path) -> dict[str, Any] | None:
-    """What is kept for a bundle here, as plain JSON values; None for nothing."""
-    found = settings.settings_for(bundle)
-    return None if found is None else found.to_json()

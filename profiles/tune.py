@@ -28,9 +28,11 @@ from rlkit.runtime.tuned import Tuned
 PROMPT, REPLY = 512, 128  # tokens of the exchange that settings are judged by
 LEAST = 0.02  # of the cost: less is not worth an option
 GUARD = 0.05  # that prompts or replies may lose
-HOPELESS = 1.4  # times the leader's cost: given up after two rounds
+HOPELESS = 1.4  # times the leader's cost: given up after one round that counts
+LEAST_ROUNDS = 3  # before anything else is given up, so that its figures say something
 FEWEST, MOST = 4, 9  # rounds that count
 SECONDS = 100.0
+BUSY = 0.2  # share of the machine
 AGAIN = "once more"
 
 Clock = Callable[[], float]
@@ -89,7 +91,7 @@ class Verdict:
         """Whether it is faster by more than the noise and in all rounds (of six or more: all but one), and loses in
         neither part. With 2 % of noise per round about one in fifty wins that are none gets past this.
         """
-        faster = self.cost < 1 - max(LEAST, self.noise) and self.faster >= self.rounds - (self.rounds >= 6)
+        faster = self.cost < 1 - max(LEAST, self.noise) and self.rounds - self.faster <= _may_lose(self.rounds)
         return faster and self.prefill < 1 + GUARD and self.decode < 1 + GUARD
 
 
@@ -118,6 +120,12 @@ class Outcome:
     trials: tuple[Trial, ...]
     left_out: tuple[str, ...]  # what the time did not suffice for
     seconds: float
+    load: float | None = None  # share of the machine that others used before it began
+
+    @property
+    def busy(self) -> bool:
+        """Whether others used so much that what was found suits a busy machine."""
+        return self.load is not None and self.load > BUSY
 
     @property
     def changed(self) -> bool:
@@ -135,6 +143,8 @@ class Outcome:
             "trials": [trial.to_json() for trial in self.trials],
             "left_out": list(self.left_out),
             "seconds": self.seconds,
+            "load": self.load,
+            "busy": self.busy,
         }
 
 
@@ -288,13 +298,26 @@ def _rounds(
                 continue
             if number:  # the first round warms up
                 found[name].append(sample)
-        for name in [name for name in running if name is not None and number == 1]:
-            if found[name][0].cost > HOPELESS * found[None][0].cost:
-                notes[name] = "far slower"
+        for name in [name for name in running if name is not None and number]:
+            why = _given_up(found[name], found[None], rounds)
+            if why:
+                notes[name] = why
                 del running[name]
         if len(running) == 1 or (number >= FEWEST and search.left < spare):
             break
     return found, notes
+
+
+def _given_up(mine: list[Sample], base: list[Sample], rounds: int) -> str:
+    """Why more rounds are no use, if so: it is far slower, or as many were lost as no winner may lose."""
+    if mine[0].cost > HOPELESS * base[0].cost:
+        return "far slower"
+    lost = sum(a.cost >= b.cost for a, b in zip(mine, base, strict=True))
+    return "no faster" if lost > _may_lose(rounds) and len(mine) >= LEAST_ROUNDS else ""
+
+
+def _may_lose(rounds: int) -> int:
+    return 1 if rounds >= 6 else 0
 
 
 def _confirm(search: Search, best: Tuned, base: Tuned) -> tuple[Tuned, Verdict | None]:

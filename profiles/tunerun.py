@@ -28,10 +28,11 @@ from rlkit.recover.progress import Tell, silent
 from rlkit.runtime.folder import read_bundle, threads_here
 from rlkit.runtime.tuned import OVERRIDE, Tuned, machine_facts
 
-PIECE = 0.35  # seconds that the prompt and the reply of a round shall take
+PIECE = 0.25  # seconds that the prompt and the reply of a round shall take
 PILOT = (16, 8)  # tokens of prompt and reply that the sizes of rounds are found with
 LONGEST_PROMPT, LONGEST_REPLY = 512, 64
 MOST_OPEN = 6
+LOOK = 0.5  # seconds of watching what others use
 SPARE = 0.8  # of the free memory that open workers may take
 
 
@@ -157,13 +158,19 @@ def default_of(bundle: Path) -> Tuned:
     return Tuned(threads_here(*read_bundle(bundle)))
 
 
-def tune_bundle(
-    bundle: Path, *, seconds: float = SECONDS, inexact: bool = False, tell: Tell = silent, two_bits: bool = False
-) -> Outcome:
+def tune_bundle(bundle: Path, *, seconds: float = SECONDS, inexact: bool = False, tell: Tell = silent) -> Outcome:
     """Measure settings of a bundle on this machine's processor; see `tune`. Writes nothing."""
     default = default_of(bundle)
+    load = psutil.cpu_percent(LOOK) / 100
     with Workers(bundle) as bench:
-        return tune(bench, facts_here(two_bits=two_bits), default, seconds=seconds, inexact=inexact, tell=tell)
+        facts = facts_here(two_bits=_two_bits(bundle))
+        return replace(tune(bench, facts, default, seconds=seconds, inexact=inexact, tell=tell), load=load)
+
+
+def _two_bits(bundle: Path) -> bool:
+    """Whether its manifest says so; False for somebody else's bundle."""
+    _config, manifest = read_bundle(bundle)
+    return any(tensor.get("bits") == 2 for tensor in manifest.get("tensors") or ())
 
 
 def about(bundle: Path) -> dict[str, Any]:

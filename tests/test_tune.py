@@ -135,6 +135,19 @@ def test_a_far_slower_variant_is_given_up_early() -> None:
     assert len([tuned for tuned in fake.rounds if tuned.threads == 8]) == 2
 
 
+def test_a_variant_that_cannot_win_any_more_is_given_up() -> None:
+    fake = Fake(lambda tuned: 0.95 if tuned.threads == 8 else 1.0)
+    found = search(fake)
+    trial = next(trial for trial in found.trials if trial.label == "8 threads")
+    assert trial.note == "no faster" and trial.verdict is not None and trial.verdict.rounds == tune.LEAST_ROUNDS
+
+
+def test_a_busy_machine_is_noticed() -> None:
+    found = search(Fake(lambda _tuned: 1.0))
+    assert not found.busy and replace(found, load=0.5).busy and not replace(found, load=0.1).busy
+    assert replace(found, load=0.5).to_json()["busy"] is True
+
+
 def test_settings_that_do_not_work_are_noted_and_lose() -> None:
     def speed(tuned: Tuned) -> float:
         if tuned.session_options.get(SPIN):
