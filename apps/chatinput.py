@@ -87,7 +87,7 @@ class History:
         found: list[str] = []
         with contextlib.suppress(OSError):
             for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     entry = json.loads(line)
                     if isinstance(entry, str) and entry:
                         found.append(entry)

@@ -53,7 +53,8 @@ class Room:
         try:
             stopped = _shown(begin, screen)
         except SURVIVED as error:
-            screen.end()
+            if screen.begun:
+                screen.end()
             self._failed(error)
             return
         reply = self.talk.last

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NARROW = 30  # columns; a terminal with fewer gets replies as they are
 DRAW_SECONDS = 0.1
+CLEAR_LINE = "\r\x1b[2K"
 CODE_THEME = "monokai"
 # What a terminal would obey instead of showing: control characters other than line feed and tab.
 CONTROLS = dict.fromkeys([*(code for code in range(32) if code not in (9, 10)), *range(127, 160)])
@@ -31,6 +32,10 @@ CONTROLS = dict.fromkeys([*(code for code in range(32) if code not in (9, 10)), 
 
 class Screen(Protocol):
     """Where one reply is shown."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to end."""
 
     def show(self, event: Prefilled | Piece) -> None:
         """The next of the reply."""
@@ -41,6 +46,8 @@ class Screen(Protocol):
 
 class Nothing:
     """Shows nothing: for output as JSON, which is written when the reply is over."""
+
+    begun = False
 
     def show(self, event: Prefilled | Piece) -> None:
         """Show nothing."""
@@ -54,10 +61,11 @@ class Plain:
 
     def __init__(self) -> None:
         self._terminal = sys.stdout.isatty()
-        self._thinking = self._waiting = False
+        self._thinking = self._waiting = self.begun = False
 
     def show(self, event: Prefilled | Piece) -> None:
         """Write it; of a long prompt, how much has been read."""
+        self.begun = True
         if isinstance(event, Prefilled):
             self._read(event)
             return
@@ -100,7 +108,7 @@ class Plain:
 
     def _clear_status(self) -> None:
         if self._waiting:
-            _write(sys.stderr, "\r\x1b[2K")
+            _write(sys.stderr, CLEAR_LINE)
             self._waiting = False
 
 

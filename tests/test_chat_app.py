@@ -21,8 +21,7 @@ from rlkit.export.adapters import LowRank
 from rlkit.export.build import export_bundle
 from rlkit.runtime.chat import Chat, Manner
 from rlkit.runtime.request import Event, Request, Sampling
-from rooms import held, room
-from test_chat import Echo
+from rooms import Echo, held, room
 
 Out = pytest.CaptureFixture[str]
 
@@ -176,8 +175,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from rlkit.apps import chat
 from rlkit.apps.chatinput import Keyboard
-from rooms import room
-from test_chat import Echo
+from rooms import Echo, room
 
 class Slow(Echo):
     def _events(self, request, reused):
