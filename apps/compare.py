@@ -100,7 +100,7 @@ class _Asked:
             decodes = series.test.kind is bench.Kind.DECODE
             size = (1, series.test.depth) if decodes else (series.test.tokens, 0)
             steps = self.steps if decodes else -(-self.steps // PROMPTS)
-            profile = profile_bundle(self.bundle, *size, self.threads, steps)
+            profile = profile_bundle(self.bundle, *size, timed.threads or self.threads, steps)
             taken = series.token_seconds or series.ttft
             seconds = None if taken is None else taken.p50
             found.append(compare_step(model, profile, seconds, all_logits=stated.all_logits))

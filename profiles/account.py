@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rlkit.profiles.architecture import Architecture
 from rlkit.profiles.operators import (
@@ -32,7 +32,8 @@ from rlkit.profiles.places import Place
 from rlkit.profiles.rates import STRAIGHT, Rates
 from rlkit.recover.recipe import Recipe
 
-KEPT = 64  # accounts: over chunk sizes decoding stays the same, over contexts nothing does
+KEPT = 64  # accounts and the like: over chunk sizes decoding stays the same, over contexts nothing does
+Made = TypeVar("Made")
 LOOP = "beside the model"  # the row of what a reply and a token take there
 
 
@@ -45,6 +46,17 @@ class Amounts(NamedTuple):
     memory: float
     dispatch: float
     seconds: float
+
+    def times(self, count: float, more: Amounts) -> Amounts:
+        """So many of them, and `more`; written out, as sweeps do little else."""
+        return Amounts(
+            more[0] + count * self[0],
+            more[1] + count * self[1],
+            more[2] + count * self[2],
+            more[3] + count * self[3],
+            more[4] + count * self[4],
+            more[5] + count * self[5],
+        )
 
 
 NOTHING = Amounts(0, 0, 0.0, 0.0, 0.0, 0.0)
@@ -77,9 +89,8 @@ def account_of(ops: Iterable[Operator], rates: Rates) -> dict[str, Amounts]:
     found: dict[str, Amounts] = {}
     for op in ops:
         compute, memory, dispatch = spent = rates.spent(op)
-        each = (op.flops, op.nbytes, compute, memory, dispatch, spent.seconds)
-        before = found.get(op.name, NOTHING)
-        found[op.name] = Amounts(*(a + op.count * b for a, b in zip(before, each, strict=True)))
+        each = Amounts(op.flops, op.nbytes, compute, memory, dispatch, spent.seconds)
+        found[op.name] = each.times(op.count, found.get(op.name, NOTHING))
     return found
 
 
@@ -115,8 +126,9 @@ def costs(account: Account) -> tuple[Cost, ...]:
 
 
 def _bound(row: Amounts) -> str:
-    parts = {"memory": row.memory, "compute": row.compute, "dispatch": row.dispatch}
-    return max(parts, key=lambda part: parts[part])
+    if row.memory >= row.compute and row.memory >= row.dispatch:
+        return "memory"
+    return "compute" if row.compute >= row.dispatch else "dispatch"
 
 
 class Model:
@@ -140,18 +152,24 @@ class Model:
         self.matrices, self.stored_nbytes = self.weights.matrices, self.weights.stored_nbytes
         self._read_nbytes = self.weights.streamed_nbytes
         self._fits: dict[int, Rates] = {}
-        self._made: dict[tuple[int, ...], Account] = {}
+        self._made: dict[tuple[object, ...], Any] = {}
         self._fixed: dict[tuple[int, int, int, int], dict[str, Amounts]] = {}
         self.rates = self._rates(self._size(0, 1))
 
     def account(self, new_tokens: int, pasts: Sequence[int], logits: int = 1, batch: int = 1) -> Account:
         """What passes of `new_tokens` after each of `pasts` cost together; `pasts` are evenly spaced."""
-        key = new_tokens, pasts[0], pasts[-1], len(pasts), logits, batch
+        key = "account", new_tokens, pasts[0], pasts[-1], len(pasts), logits, batch
+        return self.once(key, lambda: self._account(new_tokens, pasts, logits, batch))
+
+    def once(self, key: tuple[object, ...], make: Callable[[], Made]) -> Made:
+        """What `make` makes under that key, kept for a while: over chunk sizes decoding stays the same."""
         if key not in self._made:
+            value = make()  # which may keep things of its own
             if len(self._made) >= KEPT:
                 self._made.clear()
-            self._made[key] = self._account(new_tokens, pasts, logits, batch)
-        return self._made[key]
+            self._made[key] = value
+        found: Made = self._made[key]
+        return found
 
     def _account(self, new_tokens: int, pasts: Sequence[int], logits: int, batch: int) -> dict[str, Amounts]:
         def looking_back(past: int) -> dict[str, Amounts]:
@@ -163,10 +181,7 @@ class Model:
         rates = self._rates(size)
         fixed = self._fixed_part(new_tokens, logits, batch, size)
         varying = summed(looking_back, pasts, rates.straight)
-        return {
-            name: Amounts(*(len(pasts) * a + b for a, b in zip(row, varying.get(name, NOTHING), strict=True)))
-            for name, row in fixed.items()
-        }
+        return {name: row.times(len(pasts), varying.get(name, NOTHING)) for name, row in fixed.items()}
 
     def rates_at(self, past: int, batch: int = 1) -> Rates:
         """The rates of a step after `past` tokens."""

@@ -81,12 +81,13 @@ def attention(layer: Layer, storage: Storage, step: Step, options: Options) -> I
         extra += 4 * rows * (layer.heads + layer.kv_heads) * layer.head_dim
         kept += layer.qk_norm_size
     weights = kept * storage.float_bits // 8
-    common = Operator(name, Kind.ATTENTION, 1, 0, bits=storage.kv.bits, tokens=rows)
+    bits = storage.kv.bits
     if options.attention == "fused":
         flops, moved = scores + softmax + values + extra, moved + extra_nbytes
-        shape = _shape(layer, step, options, found)
-        yield replace(common, flops=flops, weight_nbytes=weights, activation_nbytes=moved, kv_nbytes=cache, shape=shape)
+        shape = _shape(layer, step, found)
+        yield Operator(name, Kind.ATTENTION, 1, flops, weights, moved, cache, 1, bits, rows, shape)
         return
+    common = Operator(name, Kind.ATTENTION, 1, 0, bits=bits, tokens=rows)
     matrix = step.batch * layer.heads * found.pairs * width // 8
     half = cache // 2
     yield replace(
@@ -102,12 +103,12 @@ def attention(layer: Layer, storage: Storage, step: Step, options: Options) -> I
     yield replace(common, name=f"{name}: values", flops=values, activation_nbytes=rest, kv_nbytes=cache - half)
 
 
-def _shape(layer: Layer, step: Step, options: Options, sizes: _Sizes) -> tuple[int, ...]:
+def _shape(layer: Layer, step: Step, sizes: _Sizes) -> tuple[int, ...]:
     """New tokens, past ones that are seen, heads, heads of the keys, and the mean size of a key and a value."""
     seen = read_tokens(step, layer.window) - step.new_tokens
     kv_heads = layer.kv_heads
     if layer.latent:
-        kv_heads = 1 if is_absorbed(layer, step, options) else layer.heads
+        kv_heads = 1 if sizes.absorbed else layer.heads
     return step.new_tokens, seen, layer.heads, kv_heads, (sizes.key + sizes.value) // 2
 
 
@@ -119,16 +120,18 @@ class _Sizes:
     key: int
     value: int
     input_size: int
+    absorbed: bool  # latent attention that works on the latent vectors
 
 
 def _sizes(layer: Layer, step: Step, options: Options) -> _Sizes:
     eager = options.attention == "eager"
     pairs = step.new_tokens * read_tokens(step, layer.window) if eager else _pairs(layer, step)
     key, value, own = layer.key_size, layer.value_size, (layer.key_size + layer.value_size) * layer.kv_heads
-    if layer.latent and is_absorbed(layer, step, options):
+    absorbed = is_absorbed(layer, step, options)
+    if layer.latent and absorbed:
         key, value = layer.latent.kv_lora + layer.latent.rope, layer.latent.kv_lora
         own = key
-    return _Sizes(pairs, key, value, layer.heads * (key + value) + own)
+    return _Sizes(pairs, key, value, layer.heads * (key + value) + own, absorbed)
 
 
 def _products(layer: Layer, step: Step, options: Options, sizes: _Sizes) -> tuple[int, int, int]:
@@ -164,7 +167,7 @@ def _cache_traffic(layer: Layer, cache: Cache, step: Step) -> int:
 def _copied_nbytes(layer: Layer, storage: Storage, step: Step, options: Options, sizes: _Sizes) -> int:
     """Bytes of copies of the keys and values that are read: written once, read once."""
     tokens, width = step.batch * read_tokens(step, layer.window), storage.activation_bits
-    if layer.latent and not is_absorbed(layer, step, options):
+    if layer.latent and not sizes.absorbed:
         return 2 * tokens * layer.heads * (sizes.key + sizes.value) * width // 8
     if options.kv_copy == "none" or layer.latent:
         return 0

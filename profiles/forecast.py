@@ -196,10 +196,8 @@ def forecast_model(model: Model, workload: Workload, *, prefill: Model | None = 
     read = _prefill(first, workload)
     prompt, batch = workload.prompt_tokens, workload.batch
     pasts = range(prompt, prompt + max(workload.new_tokens - 1, 1))
-    steps = model.account(1, pasts, 1, batch)
-    mean = {name: Amounts(*(amount / len(pasts) for amount in row)) for name, row in steps.items()}
-    mean |= beside(model.rates.token_seconds)
-    moved = model.streamed_nbytes(batch) + _read_of_cache(model, pasts, batch)
+    decoded = model.once(("decoding", pasts, batch), lambda: _decoding(model, pasts, batch))
+    mean, moved = decoded.mean, decoded.nbytes_per_token
 
     def timing(ttft_seconds: float, tpot_seconds: float) -> Timing:
         return Timing(Basis.FORECAST, prompt, workload.new_tokens, ttft_seconds, tpot_seconds, moved, memory.nbytes)
@@ -210,9 +208,7 @@ def forecast_model(model: Model, workload: Workload, *, prefill: Model | None = 
         recipe=model.recipe,
         workload=workload,
         prefill=Phase(first.place, costs(read)),
-        decode=Phase(
-            model.place, costs({**model.account(1, pasts[:1], 1, batch), **beside(model.rates.token_seconds)})
-        ),
+        decode=Phase(model.place, decoded.first),
         roofline=roofline,
         life=timing(life_ttft_seconds(read), life_tpot_seconds(mean)),
         baseline=timing(_prefill_baseline(first, workload), moved / model.place.rates.bytes_per_s),
@@ -221,6 +217,24 @@ def forecast_model(model: Model, workload: Workload, *, prefill: Model | None = 
         band=_band(first.place, model.place),
         assumptions=tuple(_assumptions(model, first, workload)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """What does not depend on how the prompt is read: a token's mean costs, the first one's, and what it reads."""
+
+    mean: Account
+    first: tuple[Cost, ...]
+    nbytes_per_token: int
+
+
+def _decoding(model: Model, pasts: range, batch: int) -> _Decoding:
+    around = beside(model.rates.token_seconds)
+    steps = model.account(1, pasts, 1, batch)
+    mean = {name: Amounts(*(amount / len(pasts) for amount in row)) for name, row in steps.items()}
+    first = costs({**model.account(1, pasts[:1], 1, batch), **around})
+    moved = model.streamed_nbytes(batch) + _read_of_cache(model, pasts, batch)
+    return _Decoding({**mean, **around}, first, moved)
 
 
 def _check(model: Model, workload: Workload, first: Model) -> None:
@@ -241,7 +255,7 @@ def _prefill(model: Model, workload: Workload) -> Account:
     found = model.account(size, range(0, whole * size, size), size if every else 1, batch)
     if rest:
         last = model.account(rest, (whole * size,), rest if every else 1, batch)
-        found = {name: Amounts(*(a + b for a, b in zip(row, last[name], strict=True))) for name, row in found.items()}
+        found = {name: row.times(1, last[name]) for name, row in found.items()}
     return {**found, **beside(model.rates.prompt_seconds)}
 
 

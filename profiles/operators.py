@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from rlkit.profiles.architecture import Architecture
 from rlkit.profiles.attention import attention, cache_nbytes, causal_pairs, is_absorbed, read_tokens, score_flops
@@ -295,7 +294,7 @@ def _join(matrices: list[Matrix], names: Sequence[str], name: str) -> list[Matri
 
 def _times(op: Operator, count: int) -> Operator:
     """The operator run so many times as often."""
-    return op if count == 1 else replace(op, count=op.count * count)
+    return op if count == 1 else op.counted(op.count * count)
 
 
 def _merged(ops: Iterable[Operator]) -> tuple[Operator, ...]:
@@ -305,4 +304,4 @@ def _merged(ops: Iterable[Operator]) -> tuple[Operator, ...]:
         moved = op.weight_nbytes, op.activation_nbytes, op.kv_nbytes
         key = (op.name, op.flops, moved, op.launches, op.bits, op.tokens, op.shape)
         found[key] = op, found.get(key, (op, 0))[1] + op.count
-    return tuple(op if op.count == count else replace(op, count=count) for op, count in found.values())
+    return tuple(op if op.count == count else op.counted(count) for op, count in found.values())

@@ -9,7 +9,7 @@ import pytest
 
 import configs
 from rlkit.profiles import sweeps
-from rlkit.profiles.account import Model
+from rlkit.profiles.account import KEPT, Model
 from rlkit.profiles.architecture import of_config
 from rlkit.profiles.forecast import Peaks, Workload, forecast
 from rlkit.profiles.places import Place, of_rates
@@ -111,3 +111,17 @@ def test_a_sweep_names_its_places_and_how_far_to_trust_them() -> None:
     assert (found.axes, found.label, found.decode_place) == (("recipes",), "uncalibrated", "given rates")
     assert found.prefill_place == found.decode_place and found.batch == 1 and found.new_tokens == 64
     assert sweeps.AXES == ("contexts", "chunks", "recipes")
+
+
+def test_what_is_made_once_is_kept_for_a_while() -> None:
+    model, made = next(iter(prepared("w4").values())).decode, list[int]()
+
+    def make(value: int) -> int:
+        made.append(value)
+        return value
+
+    assert [model.once(("number", value), lambda value=value: make(value)) for value in (1, 2, 1)] == [1, 2, 1]  # type: ignore[misc]
+    assert made == [1, 2]
+    for value in range(KEPT):
+        model.once(("other", value), lambda: None)
+    assert model.once(("number", 1), lambda: make(3)) == 3
