@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -120,7 +121,7 @@ def test_what_is_made_once_is_kept_for_a_while() -> None:
         made.append(value)
         return value
 
-    assert [model.once(("number", value), lambda value=value: make(value)) for value in (1, 2, 1)] == [1, 2, 1]  # type: ignore[misc]
+    assert [model.once(("number", value), partial(make, value)) for value in (1, 2, 1)] == [1, 2, 1]
     assert made == [1, 2]
     for value in range(KEPT):
         model.once(("other", value), lambda: None)
