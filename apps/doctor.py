@@ -65,4 +65,5 @@ def summary(bad: list[Finding]) -> str:
     errors = sum(finding.level is Level.ERROR for finding in bad)
     if errors:
         return f"{errors} of {len(bad)} findings keep rlkit from running"
-    return f"rlkit can run here; {len(bad)} warnings" if bad else "rlkit can run here"
+    many = f"; {len(bad)} warning{'s' * (len(bad) > 1)}" if bad else ""
+    return f"rlkit can run here{many}"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from rlkit.runtime.gpus import Hardware
 from rlkit.runtime.processor import cpu_name
-from rlkit.runtime.providers import PROVIDERS, Provider, Standing, State, standing
+from rlkit.runtime.providers import PROVIDERS, Provider, Standing, State, fitting, standing
 from rlkit.runtime.surroundings import Surroundings, look
 
 AUTO = "auto"
@@ -133,9 +134,9 @@ def _explicit(word: str, target: str, around: Surroundings) -> Choice:
     for name in sorted(wanted, key=runs.index):
         where = standing(PROVIDERS[name], around)
         if where.state is State.READY:
-            fitting = [device for device in _devices(where.provider, around) if kind in (None, device.kind)]
-            if fitting:
-                return Choice(fitting[0], _asked_why(target, name))
+            suiting = [device for device in _devices(where.provider, around) if kind in (None, device.kind)]
+            if suiting:
+                return Choice(suiting[0], _asked_why(target, name))
             where = Standing(where.provider, State.NO_DEVICE, f"it has no {kind} here", f"needs {where.provider.needs}")
         missing.append(where)
     likely = min(missing, key=lambda one: (_order(one), runs.index(one.provider.name)))
@@ -163,11 +164,19 @@ def _reason(where: Standing) -> str:
     return f"{where.state} ({where.why})"
 
 
+def _of_system(provider: Provider, part: Hardware, index: int) -> Device:
+    name = f"{provider.name}:{index}" if index else provider.name
+    return Device(name, part.kind, provider.genai, part.vendor, part.title, part.memory_nbytes, "the system")
+
+
 def _devices(provider: Provider, around: Surroundings) -> list[Device]:
     """The devices of one provider that is ready."""
     if provider.name == "cpu":
         return [processor()]
     offered = [one for one in around.seen if one.ep in provider.eps and one.kind in provider.kinds]
+    if not offered:  # a built-in provider that lists none: what the system shows
+        parts = enumerate(fitting(provider, around))
+        return [_of_system(provider, part, index) for index, part in parts]
     names = [provider.name if index == 0 else f"{provider.name}:{index}" for index in range(len(offered))]
     made = []
     for name, one in zip(names, offered, strict=True):

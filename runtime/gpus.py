@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
 import subprocess
 import sys
@@ -37,6 +38,17 @@ def hardware() -> tuple[Hardware, ...]:
     with contextlib.suppress(OSError, ValueError):
         found = list(ask()) if ask is not None else []
     return tuple(found)
+
+
+def vulkan() -> bool | None:
+    """Whether Linux has Vulkan's loader; None on other systems."""
+    if platform.system() != "Linux":
+        return None
+    try:
+        ctypes.CDLL("libvulkan.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def linux(root: Path = SYS) -> Iterator[Hardware]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from rlkit.runtime.gpus import Hardware
 from rlkit.runtime.surroundings import Surroundings
 
 RUNTIMES = {  # wheels that hold the Python package onnxruntime: one of them at a time
@@ -60,6 +61,7 @@ class Provider:
 
 _PLAIN = "pip uninstall -y onnxruntime onnxruntime-genai && pip install"
 _OWN = "in an environment of its own: python -m venv other && other/bin/pip install"
+VULKAN = "apt install libvulkan1 mesa-vulkan-drivers"
 RYZEN = "https://ryzenai.docs.amd.com/en/latest/inst.html"
 
 PROVIDERS: dict[str, Provider] = {
@@ -85,7 +87,7 @@ PROVIDERS: dict[str, Provider] = {
             ("onnxruntime-ep-webgpu", "onnxruntime-webgpu"),
             ("Windows AMD64", "Windows ARM64", "Linux x86_64", "Darwin arm64"),
             "pip install onnxruntime-ep-webgpu",
-            "a GPU with its driver; on Linux also Vulkan's loader: apt install libvulkan1 mesa-vulkan-drivers",
+            f"a GPU with its driver; on Linux also Vulkan's loader: {VULKAN}",
         ),
         Provider(
             "cuda",
@@ -199,14 +201,17 @@ def standings(around: Surroundings) -> tuple[Standing, ...]:
 def standing(provider: Provider, around: Surroundings) -> Standing:
     """What stands between this provider and its use."""
     devices = [seen for seen in around.seen if seen.ep in provider.eps]
-    if devices or (provider.name == "cpu" and "CPUExecutionProvider" in around.providers):
+    built_in = any(ep in around.providers for ep in provider.eps)
+    if devices or (built_in and provider.name == "cpu"):
         return _offered(provider, around, [seen.title or seen.vendor for seen in devices])
     if not _exists_here(provider, around):
         return Standing(provider, State.ELSEWHERE, f"there is none for {around.system} {around.architecture}")
     broken = _broken(provider, around)
     if broken is not None:
         return broken
-    if any(ep in around.providers for ep in provider.eps) or _registered(provider, around):
+    if built_in and fitting(provider, around):  # not every built-in provider lists its devices
+        return _offered(provider, around, [part.title for part in fitting(provider, around)])
+    if built_in or _registered(provider, around):
         return _without_device(provider, around)
     return _absent(provider, around)
 
@@ -247,7 +252,7 @@ def _broken(provider: Provider, around: Surroundings) -> Standing | None:
 
 def _load_fix(provider: Provider, problem: str) -> str:
     if "libvulkan" in problem:
-        return "apt install libvulkan1"
+        return VULKAN
     return provider.fix
 
 
@@ -256,9 +261,15 @@ def _registered(provider: Provider, around: Surroundings) -> bool:
 
 
 def _without_device(provider: Provider, around: Surroundings) -> Standing:
-    fitting = _fitting(provider, around)
-    shown = f"the system shows {', '.join(fitting)}, but the runtime does not" if fitting else "none was found"
-    return Standing(provider, State.NO_DEVICE, f"{provider.title} is installed; {shown}", f"needs {provider.needs}")
+    shown = ", ".join(part.title for part in fitting(provider, around))
+    why = (
+        f"the system shows {shown}, but the runtime does not"
+        if shown
+        else f"no {' or '.join(provider.kinds)} was found"
+    )
+    if provider.name == "webgpu" and around.vulkan is False:
+        return Standing(provider, State.NO_DEVICE, f"{why}; libvulkan.so.1 is missing", VULKAN)
+    return Standing(provider, State.NO_DEVICE, why, f"needs {provider.needs}")
 
 
 def _absent(provider: Provider, around: Surroundings) -> Standing:
@@ -267,15 +278,15 @@ def _absent(provider: Provider, around: Surroundings) -> Standing:
         why = f"{others[0]} is installed, but another onnxruntime took its place"
         rivals = " ".join(around.installed(*RUNTIMES))
         return Standing(provider, State.CLASH, why, f"pip uninstall -y {rivals} && pip install {others[0]}")
-    fitting = _fitting(provider, around)
-    why = f"for {', '.join(fitting)}" if fitting else f"needs {provider.needs}"
+    shown = ", ".join(part.title for part in fitting(provider, around))
+    why = f"for {shown}" if shown else f"needs {provider.needs}"
     return Standing(provider, State.NOT_INSTALLED, why, provider.fix)
 
 
-def _fitting(provider: Provider, around: Surroundings) -> list[str]:
+def fitting(provider: Provider, around: Surroundings) -> list[Hardware]:
     """The hardware of this machine that the provider could use."""
     return [
-        part.title
+        part
         for part in around.hardware
         if part.kind in provider.kinds
         and (not provider.vendors or any(vendor.lower() in part.vendor.lower() for vendor in provider.vendors))

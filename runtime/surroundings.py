@@ -59,6 +59,7 @@ class Surroundings:
     genai: frozenset[str] = frozenset()  # what the installed genai was built with, of GENAI_FLAGS
     plugins: tuple[Plugin, ...] = ()
     hardware: tuple[gpus.Hardware, ...] = ()
+    vulkan: bool | None = None  # whether its loader is there, on Linux
     problems: tuple[str, ...] = ()  # what could not be asked, and why
 
     def installed(self, *names: str) -> tuple[str, ...]:
@@ -82,10 +83,8 @@ def look() -> Surroundings:
     if og is not None:
         flags = {name: getattr(og, f"is_{name}_available", None) for name in GENAI_FLAGS}
         found["genai"] = frozenset(name for name, ask in flags.items() if ask is not None and _asked(ask, problems))
-    hardware = tuple(gpus.hardware())
-    return Surroundings(
-        platform.system(), platform.machine(), packages, hardware=hardware, problems=tuple(problems), **found
-    )
+    found |= {"hardware": gpus.hardware(), "vulkan": gpus.vulkan(), "problems": tuple(problems)}
+    return Surroundings(platform.system(), platform.machine(), packages, **found)
 
 
 def _packages() -> dict[str, str]:

@@ -63,7 +63,7 @@ def test_a_missing_gpu_is_an_error_with_the_command() -> None:
 
 def test_what_is_nearest_to_use_is_named_first() -> None:
     there = around.with_webgpu(around.LINUX, device=False)
-    with pytest.raises(ValueError, match=r"webgpu is installed, no device .*none was found.*libvulkan1"):
+    with pytest.raises(ValueError, match=r"webgpu is installed, no device .*no gpu was found.*libvulkan1"):
         choose("gpu", "webgpu", there)
     broken = around.with_webgpu(around.LINUX, device=False, problem="libvulkan.so.1: cannot open shared object file")
     with pytest.raises(ValueError, match=r"does not load .*libvulkan.so.1.*; apt install libvulkan1"):
@@ -85,6 +85,23 @@ def test_a_gpu_that_genai_was_not_built_for_is_a_clash() -> None:
     with pytest.raises(ValueError, match=r"built without cuda\); pip uninstall -y onnxruntime-genai && pip install on"):
         choose("cuda", "cpu", there)
     assert choose("cuda", "cpu", replace(there, genai=frozenset(["cuda"]))).device.kind == "gpu"
+
+
+def test_a_built_in_provider_that_lists_no_devices_has_those_of_the_system() -> None:
+    there = replace(
+        around.LINUX, providers=("CUDAExecutionProvider", "CPUExecutionProvider"), genai=frozenset(["cuda"])
+    )
+    with pytest.raises(ValueError, match="no cuda to run on: cuda is installed, no device"):
+        choose("cuda", "cpu", there)
+    with pytest.raises(ValueError, match="no cuda to run on: cuda is installed, no device"):
+        choose("cuda", "cpu", replace(there, hardware=(around.RADEON,)))
+    device = choose("cuda", "cpu", replace(there, hardware=(around.GEFORCE, around.GEFORCE))).device
+    assert (device.name, device.title, device.memory_nbytes, device.source) == (
+        "cuda",
+        "GeForce RTX 5090",
+        2**35,
+        "the system",
+    )
 
 
 def test_an_npu_of_a_provider_with_several_kinds_is_found_by_kind() -> None:

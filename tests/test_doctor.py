@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import around
 import tiny
+from rlkit.apps import doctor as command
 from rlkit.export.build import export_bundle
 from rlkit.runtime import clashes, doctor, doctorbundle, processor, tuned
 from rlkit.runtime.doctor import Diagnosis, examine
@@ -104,9 +108,11 @@ def test_plug_ins_show_what_stands_in_their_way() -> None:
     assert of(ready, "webgpu").level is Level.OK and [device.name for device in ready.devices] == ["cpu", "webgpu"]
     without = of(examine(around=around.with_webgpu(around.LINUX, device=False), machine=HERE), "webgpu")
     assert without.level is Level.NOTE and "no device" in without.text and "libvulkan1" in str(without.fix)
+    bare = replace(around.with_webgpu(around.LINUX, device=False), vulkan=False)
+    assert "libvulkan.so.1 is missing" in of(examine(around=bare, machine=HERE), "webgpu").text
     broken = around.with_webgpu(around.LINUX, device=False, problem="libvulkan.so.1: cannot open shared object file")
     found = of(examine(around=broken, machine=HERE), "webgpu")
-    assert found.level is Level.WARNING and found.fix == "apt install libvulkan1"
+    assert found.level is Level.WARNING and found.fix == "apt install libvulkan1 mesa-vulkan-drivers"
 
 
 def packages(around_: Surroundings, **versions: str) -> dict[str, Finding]:
@@ -224,6 +230,41 @@ def test_little_memory_disk_and_processors_are_warnings() -> None:
     assert of(machine(python="3.10.4"), "python").level is Level.ERROR
     assert "hugetlb" in of(machine(), "huge pages").text
     assert "huge pages" not in {finding.name for finding in machine(huge_pages=None).findings}
+
+
+def test_the_doctor_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from rlkit.apps.doctor import doctor; doctor(json=True);"
+        "assert not {'torch', 'transformers', 'onnx', 'onnx_ir', 'matplotlib', 'fastapi'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["schema_version"] == 1
+
+
+def test_exit_codes_follow_severity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def found_in(where: Surroundings) -> list[int]:
+        monkeypatch.setattr(command, "examine", lambda bundle: examine(bundle, around=where, machine=HERE))
+        codes = []
+        for strict in (False, True):
+            try:
+                command.doctor(strict=strict)
+                codes.append(0)
+            except typer.Exit as left:
+                codes.append(left.exit_code)
+        return codes
+
+    assert found_in(around.LINUX) == [0, 0]
+    assert "rlkit can run here" in capsys.readouterr().out
+    assert found_in(around.with_packages(around.LINUX, optimum_onnx="0.1.0")) == [0, 1]
+    text = capsys.readouterr().out
+    assert (
+        "WARN optimum-onnx" in text
+        and "       > keep optimum-onnx in" in text
+        and text.endswith("rlkit can run here; 1 warning\n")
+    )
+    assert found_in(Surroundings("Linux", "x86_64")) == [1, 1]
+    assert "keep rlkit from running" in capsys.readouterr().out
 
 
 def test_this_machine() -> None:
