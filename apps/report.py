@@ -88,7 +88,7 @@ def _show(merged: Merged, form: Format) -> None:
     if form is Format.CSV:
         console.emit(mergetext.to_csv(merged).rstrip())
         return
-    for drawn in mergetext.tables(merged):
+    for drawn in mergetext.tables(merged, narrow=form is Format.TABLE):
         if form is Format.MD:
             note = f"\n\n{drawn.note}" if drawn.note else ""
             console.emit(f"## {drawn.title}\n\n{markdown(drawn)}{note}\n")

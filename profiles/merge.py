@@ -130,9 +130,18 @@ class _About:
 def _cell(series: Series, about: Row | _About, file: str) -> Cell:
     seconds = series.ttft or series.token_seconds
     assert seconds is not None  # a series is of prefill or of decode
-    sizes = series.bytes_per_s, series.nbytes_per_token, series.peak_nbytes
-    whence = about.weights, about.date, about.versions, file
-    return Cell(series.tokens_per_s, seconds, *sizes, about.forecast, *whence)
+    return Cell(
+        tokens_per_s=series.tokens_per_s,
+        seconds=seconds,
+        bytes_per_s=series.bytes_per_s,
+        nbytes_per_token=series.nbytes_per_token,
+        peak_nbytes=series.peak_nbytes,
+        forecast=about.forecast,
+        weights=about.weights,
+        date=about.date,
+        versions=about.versions,
+        file=file,
+    )
 
 
 def _newest(found: Iterable[_Found]) -> tuple[list[_Found], list[tuple[_Found, _Found]]]:
@@ -205,14 +214,15 @@ def _lines(shown: Iterable[_Found], labels: Mapping[tuple[Any, ...], str]) -> It
         cells.setdefault((each.model, each.recipe, each.test), {})[labels[_key(each.machine)]] = each.cell
         sizes[each.model] = each.parameters
     order = list(labels.values())
-    for model, recipe, test in sorted(cells, key=lambda key: _place(*key, sizes[key[0]])):
+    for model, recipe, test in sorted(cells, key=lambda key: _place(key, sizes[key[0]])):
         mine = cells[model, recipe, test]
         placed = {label: mine[label] for label in order if label in mine}
         yield Line(model, recipe, test, sizes[model], placed)
 
 
-def _place(model: str, recipe: str, test: Case, parameters: int) -> tuple[Any, ...]:
+def _place(key: tuple[str, str, Case], parameters: int) -> tuple[Any, ...]:
     """Small models first, recipes by their standing, prompts before decode, shallow before deep."""
+    model, recipe, test = key
     first = RECIPES.index(recipe) if recipe in RECIPES else len(RECIPES)
     known = list(MODELS).index(model) if model in MODELS else len(MODELS)
     kind = test.kind is Kind.DECODE
@@ -237,21 +247,21 @@ def _skips(sources: Sequence[Source], labels: Mapping[tuple[Any, ...], str], sho
 
 def _duplicates(pairs: Iterable[tuple[_Found, _Found]], labels: Mapping[tuple[Any, ...], str]) -> Iterator[str]:
     """One sentence for each machine and pair of files."""
-    groups: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
     for new, old in pairs:
         cells = new.cell, old.cell
-        whence = [f"{cell.file} ({cell.date})" for cell in cells]
+        first, second = (f"{cell.file} ({cell.date})" for cell in cells)
         differ = [
             f"{name} {cells[0].versions.get(name, 'unknown')} in place of {cells[1].versions.get(name, 'unknown')}"
             for name in sorted({*cells[0].versions, *cells[1].versions})
             if cells[0].versions.get(name) != cells[1].versions.get(name)
         ]
-        names = f"{new.model} {new.recipe}, {new.test.name}"
-        groups.setdefault((labels[_key(new.machine)], *whence, ", ".join(differ)), []).append(names)
-    for (label, newer, older, differ), names in groups.items():
+        name = f"{new.model} {new.recipe}, {new.test.name}"
+        groups.setdefault((labels[_key(new.machine)], first, second, ", ".join(differ)), []).append(name)
+    for (label, shown, hidden, changed), names in groups.items():
         what = names[0] if len(names) == 1 else f"{len(names)} tests"
-        of = f"; {differ}" if differ else ""
-        yield f"{label}: {what} measured twice; the newer of {newer} is shown, not that of {older}{of}"
+        of = f"; {changed}" if changed else ""
+        yield f"{label}: {what} measured twice; the newer of {shown} is shown, not that of {hidden}{of}"
 
 
 def _versions(shown: Iterable[_Found], labels: Mapping[tuple[Any, ...], str]) -> Iterator[str]:

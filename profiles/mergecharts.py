@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rlkit.profiles.bench import Kind
 from rlkit.profiles.merged import Cell, Line, Merged
-from rlkit.profiles.mergetext import cell_text, columns, percent, rate_text
+from rlkit.profiles.mergetext import cell_text, charted, columns, percent, rate_text
 from rlkit.profiles.svg import Frame, Scale, from_zero, line, mark, path, pixel, powers, words
 from rlkit.profiles.timing import milliseconds
 
@@ -18,22 +18,22 @@ BANDS = (0.1, 0.3)
 
 def speed_panels(merged: Merged) -> Iterator[tuple[str, list[str]]]:
     """(model, a chart for each recipe): tokens/s of decode over depth, a line for each machine, one scale a model."""
-    labels = columns(merged)
-    decodes = [each for each in merged.lines if each.test.kind is Kind.DECODE]
+    labels, shown = columns(merged), charted(merged)
+    decodes = [each for each in merged.lines if each.test.kind is Kind.DECODE and set(shown) & set(each.cells)]
     for model in dict.fromkeys(each.model for each in decodes):
         mine = [each for each in decodes if each.model == model]
-        rates = [cell.tokens_per_s.mean for each in mine for cell in each.cells.values()]
+        rates = [cell.tokens_per_s.mean for each in mine for label, cell in each.cells.items() if label in shown]
         depths = sorted({each.test.depth for each in mine})
         wide = max(rates) > WIDE * min(rates)
         upward = powers(rates, *PANEL.y) if wide else from_zero(rates, *PANEL.y)
-        recipes = dict.fromkeys(each.recipe for each in mine)
-        yield (
-            model,
-            [_speed_panel([e for e in mine if e.recipe == recipe], labels, depths, upward) for recipe in recipes],
-        )
+        series = {label: labels.index(label) for label in shown}
+        recipes: dict[str, list[Line]] = {}
+        for each in mine:
+            recipes.setdefault(each.recipe, []).append(each)
+        yield model, [_speed_panel(lines, series, depths, upward) for lines in recipes.values()]
 
 
-def _speed_panel(lines: Sequence[Line], labels: Sequence[str], depths: Sequence[int], upward: Scale) -> str:
+def _speed_panel(lines: Sequence[Line], shown: Mapping[str, int], depths: Sequence[int], upward: Scale) -> str:
     """Depths stand at equal distances: from none to thousands, no even scale shows them all."""
     step = (PANEL.x[1] - PANEL.x[0] - 24) / max(len(depths) - 1, 1)
     across = {depth: PANEL.x[0] + 12 + step * place for place, depth in enumerate(depths)}
@@ -42,7 +42,7 @@ def _speed_panel(lines: Sequence[Line], labels: Sequence[str], depths: Sequence[
         parts.append(words(x, PANEL.height - PANEL.bottom + 16, f"{depth:,}"))
     parts.append(words(sum(PANEL.x) / 2, PANEL.height - 3, "tokens in the cache", name="a"))
     said = []
-    for series, label in enumerate(labels):
+    for label, series in shown.items():
         # Decodes of other lengths are other tests: a line joins those of one length alone.
         for tokens in sorted({each.test.tokens for each in lines if label in each.cells}):
             mine = [each for each in lines if label in each.cells and each.test.tokens == tokens]
@@ -76,7 +76,7 @@ def bandwidth_chart(merged: Merged) -> str:
         parts += [words(frame.left - 10, y + 4, f"{model}  {recipe}", "end", "r"), line(frame.left, y, frame.x[1], y)]
         for series, label in enumerate(labels):
             cell = each.cells.get(label)
-            if cell is not None and cell.bytes_per_s:
+            if cell is not None and cell.bytes_per_s and label in charted(merged):
                 said = f"{label}\n{each.name}: {cell.bytes_per_s / 1e9:.1f} GB/s\n{cell_text(cell, Kind.DECODE)}"
                 parts.append(mark(across(cell.bytes_per_s / 1e9), y, series, said, 5.0))
     parts.append(words(sum(frame.x) / 2, frame.height - 4, "GB/s", name="a"))

@@ -23,7 +23,7 @@ def to_html(merged: Merged) -> str:
     models = len({line.model for line in merged.lines})
     said = (_count(models, "model"), _count(tests, "result"), f"newest of {merged.date}" if merged.date else "")
     return template.substitute(
-        title=f"{_count(len(columns(merged)), 'machine')}, measured",
+        title=f"How fast models run on {_count(len(columns(merged)), 'machine')}",
         subtitle=" · ".join(filter(None, said)),
         machines="".join(_card(merged, machine) for machine in merged.machines),
         findings=_panel((*mergetext.findings(merged), *merged.notes)),

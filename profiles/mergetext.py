@@ -12,16 +12,28 @@ from rlkit.profiles.timing import milliseconds
 
 MARK = "*"
 NOTE = (
-    "tokens/s, mean ± standard deviation over rounds; in brackets the forecast's time over the measured one, less 1. "
+    "tokens/s, mean ± standard deviation of rounds; beside it in % the forecast's time over the measured one, less 1. "
     f"{MARK} the fastest of the row, and whoever is within its scatter."
 )
 PAIR = ("w4", "w4w2-gateup")
 
 
-def tables(merged: Merged) -> tuple[Table, ...]:
-    """What a terminal and markdown show: speeds, bandwidth, machines, skips; empty ones are left out."""
-    made = (speeds(merged), bandwidths(merged), machines(merged), skips(merged))
-    return tuple(table for table in made if table.rows)
+FEW = 2  # machines that a terminal has room for by name
+
+
+def tables(merged: Merged, *, narrow: bool = False) -> tuple[Table, ...]:
+    """Speeds, bandwidth, machines, skips; empty ones are left out.
+
+    `narrow`: for a terminal, where more than FEW machines go by letters that the table of machines explains.
+    """
+    letters = narrow and len(columns(merged)) > FEW
+    made = (speeds(merged, letters=letters), bandwidths(merged, letters=letters), machines(merged, letters=letters))
+    return tuple(table for table in (*made, skips(merged)) if table.rows)
+
+
+def letter(place: int) -> str:
+    """A, B, ..., Z, A2, ..."""
+    return chr(ord("A") + place % 26) + (str(place // 26 + 1) if place >= 26 else "")
 
 
 def columns(merged: Merged) -> tuple[str, ...]:
@@ -30,34 +42,51 @@ def columns(merged: Merged) -> tuple[str, ...]:
     return tuple(machine.label for machine in merged.machines if machine.label in have)
 
 
-def speeds(merged: Merged) -> Table:
-    """Every test a row, every machine a column."""
+def _heads(merged: Merged, letters: bool) -> tuple[str, ...]:
+    labels = columns(merged)
+    return tuple(letter(place) for place in range(len(labels))) if letters else labels
+
+
+def charted(merged: Merged) -> tuple[str, ...]:
+    """Labels of machines that charts compare: those of `columns` without software drivers."""
+    software = {machine.label for machine in merged.machines if machine.part.software}
+    return tuple(label for label in columns(merged) if label not in software)
+
+
+def speeds(merged: Merged, *, letters: bool = False) -> Table:
+    """Every test a row, every machine a column, by its letter if asked."""
     labels = columns(merged)
     rows = [
-        (line.model, line.recipe, line.test.name, *(_speed(line, label) for label in labels)) for line in merged.lines
+        (line.model, line.recipe, line.test.name, *(_speed(line, label, short=letters) for label in labels))
+        for line in merged.lines
     ]
-    return Table("Speed", ("model", "recipe", "test", *labels), tuple(rows), NOTE)
+    return Table("Speed", ("model", "recipe", "test", *_heads(merged, letters)), tuple(rows), NOTE)
 
 
-def _speed(line: Line, label: str) -> str:
+def _speed(line: Line, label: str, *, short: bool) -> str:
     cell = line.cells.get(label)
     if cell is None:
         return ""
+    if short:  # no spaces but one, as a narrow column breaks there
+        error = "" if cell.error is None else f" {percent(cell.error).replace(' ', '')}"
+        return f"{rate_text(cell).partition(' ')[0]}{error}{MARK if label in line.best else ''}"
+    rate = rate_text(cell)
     error = "" if cell.error is None else f" ({percent(cell.error)})"
-    return f"{rate_text(cell)}{error}{f' {MARK}' if label in line.best else ''}"
+    return f"{rate}{error}{f' {MARK}' if label in line.best else ''}"
 
 
 def rate_text(cell: Cell) -> str:
     """Tokens/s with as many digits as matter."""
-    return cell.tokens_per_s.text(2 if cell.tokens_per_s.mean < 10 else 1)
+    mean = cell.tokens_per_s.mean
+    return cell.tokens_per_s.text(2 if mean < 10 else 1 if mean < 1000 else 0)
 
 
 def percent(share: float) -> str:
-    """A share as a signed percentage."""
-    return f"{100 * share:+.0f} %"
+    """A share as a signed percentage; what rounds to nothing has no minus."""
+    return f"{round(100 * share):+d} %"
 
 
-def bandwidths(merged: Merged) -> Table:
+def bandwidths(merged: Merged, *, letters: bool = False) -> Table:
     """GB/s that decode reached, beside what a token reads."""
     labels = columns(merged)
     rows = []
@@ -68,16 +97,19 @@ def bandwidths(merged: Merged) -> Table:
         cells = ("" if (c := line.cells.get(label)) is None else _giga(c.bytes_per_s) for label in labels)
         rows.append((line.model, line.recipe, line.test.name, "" if moved is None else f"{moved / 1e6:.1f}", *cells))
     note = "Weights and cache that a token reads, over its mean time."
-    return Table("Bandwidth of decode, GB/s", ("model", "recipe", "test", "MB/token", *labels), tuple(rows), note)
+    heads = ("model", "recipe", "test", "MB/token", *_heads(merged, letters))
+    return Table("Bandwidth of decode, GB/s", heads, tuple(rows), note)
 
 
 def _giga(value: float | None) -> str:
     return "" if value is None else f"{value / 1e9:.1f}"
 
 
-def machines(merged: Merged) -> Table:
+def machines(merged: Merged, *, letters: bool = False) -> Table:
     """What each machine is, and what ran there."""
-    rows = [(machine.label, *machine_facts(merged, machine)) for machine in merged.machines]
+    labels = columns(merged)
+    named = {label: f"{letter(place)}: {label}" if letters else label for place, label in enumerate(labels)}
+    rows = [(named.get(each.label, each.label), *machine_facts(merged, each)) for each in merged.machines]
     names = ("processor", "cores", "memory", "system", "provider", "driver", "versions", "measured")
     return Table("Machines", ("machine", *names), tuple(rows))
 
@@ -115,20 +147,25 @@ def findings(merged: Merged) -> tuple[str, ...]:
 
 
 def _fastest(merged: Merged) -> Iterator[str]:
-    """Decode and prefill of each machine against the one that is best in most shared tests."""
+    """Decode and prefill of the machine that is best in most shared tests against each other one."""
     labels = [machine.label for machine in merged.machines if not machine.part.software]
     for kind, what in ((Kind.DECODE, "decodes"), (Kind.PREFILL, "reads prompts")):
         lines = [line for line in merged.lines if line.test.kind is kind and len(line.cells) > 1]
         wins = {label: sum(label in line.best for line in lines) for label in labels}
         top = max(labels, key=lambda label: wins[label], default="")
+        said = []
         for label in labels:
             shared = [line.cells for line in lines if label in line.cells and top in line.cells]
             if label == top or not shared:
                 continue
             ratio = statistics.median(cells[top].tokens_per_s.mean / cells[label].tokens_per_s.mean for cells in shared)
-            count = f"the median of {len(shared)} shared tests" if len(shared) > 1 else "in the one test they share"
-            how = f"{ratio:.2f} times as fast as" if abs(ratio - 1) > 0.02 else "as fast as"
-            yield f"{top} {what} {how} {label}, {count}."
+            said.append(f"{ratio:.2f} times the speed of {label} ({_tests(len(shared))})")
+        if said:
+            yield f"{top} {what} at {'; '.join(said)}; medians over shared tests."
+
+
+def _tests(count: int) -> str:
+    return "1 test" if count == 1 else f"{count} tests"
 
 
 def _gains(merged: Merged) -> Iterator[str]:
@@ -147,19 +184,21 @@ def _gains(merged: Merged) -> Iterator[str]:
         low, high = min(gains), max(gains)
         span = f"{percent(low[0])} ({low[1]})"
         span += f" to {percent(high[0])} ({high[1]})" if len(gains) > 1 else ""
-        yield f"{label}: 2-bit gate and up projections change decode speed against {PAIR[0]} by {span}."
+        yield f"2-bit gate and up projections against {PAIR[0]} on {label}: decode {span}."
 
 
 def _forecasts(merged: Merged) -> Iterator[str]:
     """How far forecasts were off, machine by machine."""
+    said = []
     for machine in merged.machines:
         cells = cells_of(merged, machine.label)
         errors = [abs(cell.error) for cell in cells if cell.error is not None]
-        labels = sorted({cell.forecast.label for cell in cells if cell.forecast is not None})
+        labels = " and ".join(sorted({cell.forecast.label for cell in cells if cell.forecast is not None}))
         if errors:
-            middle, worst = statistics.median(errors), max(errors)
-            said = f"the median error is {100 * middle:.0f} %, the worst {100 * worst:.0f} %"
-            yield f"{machine.label}: forecasts ({', '.join(labels)}) of {len(errors)} tests; {said}."
+            off = f"{100 * statistics.median(errors):.0f} %, {100 * max(errors):.0f} %"
+            said.append(f"{machine.label} {off} ({_tests(len(errors))}, {labels})")
+    if said:
+        yield f"Forecasts were off by, median and worst: {'; '.join(said)}."
 
 
 def to_csv(merged: Merged) -> str:

@@ -25,7 +25,7 @@ from rlkit.profiles.devicerun import Part
 
 PROVIDER = "WebGpuExecutionProvider"
 RUNTIME = webgpu_parity.RUNTIME
-SOFTWARE = Chip("SwiftShader, a software Vulkan driver")
+SOFTWARE = Chip("SwiftShader")
 HOW = "steps of the graph in plain onnxruntime, cache on the device; the likeliest token is chosen on the CPU"
 NOT_A_GPU = "a software driver computes on the CPU: these speeds say nothing of any GPU"
 
