@@ -63,6 +63,9 @@ def kv(  # noqa: PLR0913, one parameter per option of the command
     ranges: Annotated[str, typer.Option(help=f"How a scale is chosen: {', '.join(METHODS)}.")] = Choices().ranges,
     keys: Annotated[str, typer.Option(help=f"A scale for each {' or '.join(PER)} of keys.")] = Choices().keys,
     values: Annotated[str, typer.Option(help="The same for values.")] = Choices().values,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that the scales must hold for; the model's whole context unless told.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws documents and positions.")] = 0,
     measure: Annotated[bool, typer.Option(help="Compare with the float cache on the text's other half.")] = True,
     allow_slow: Annotated[bool, typer.Option("--allow-slow", help="Add what `rlkit lint` finds fault with.")] = False,
@@ -74,7 +77,7 @@ def kv(  # noqa: PLR0913, one parameter per option of the command
     """
     manifest = read_manifest(bundle)
     if add is not None:
-        choices = Choices(ranges, keys, values, seed)
+        choices = Choices(ranges, keys, values, seed, context)
         wanted = Wanted(kvscales.schemes_named(add), choices, source, tokens, measure, allow_slow)
         with console.progress(quiet=json) as tell:
             manifest = add_caches(bundle, wanted, tell)

@@ -184,12 +184,17 @@ class LayerScales:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """How scales are chosen: one of METHODS, and for keys and values one of PER."""
+    """How scales are chosen: one of METHODS, and for keys and values one of PER.
+
+    `context`: how far on keys are turned, in tokens; None to the end of the model's context. Less is finer there, and
+    further on what the slow pairs hold is clipped.
+    """
 
     ranges: str = "mse"
     keys: str = CHANNEL
     values: str = CHANNEL
     seed: int = 0
+    context: int | None = None
 
     def __post_init__(self) -> None:
         if self.ranges not in METHODS:
@@ -199,16 +204,18 @@ class Choices:
                 raise ValueError(f"scales per {per!r} do not exist; use {' or '.join(PER)}")
         if self.seed < 0:
             raise ValueError(f"seed = {self.seed} is negative; use 0 or more")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"a context of {self.context} tokens holds nothing; use at least 1, or leave it out")
 
 
-def deeper(keys: Floats, rotation: Rotation, seed: int) -> Floats:
-    """Keys (n, heads, size) turned on by the angles of positions drawn by `seed`, one for each of the n tokens.
+def deeper(keys: Floats, rotation: Rotation, seed: int, context: int | None = None) -> Floats:
+    """Keys (n, heads, size) turned on by the angles of positions below `context`, drawn by `seed` for each token.
 
     Turning by a and then by b turns by a + b, so this is what the same tokens would leave in the cache further on.
     Tables that also scale (YaRN) have turned the keys once already, so only their angle is used.
     """
     tokens, half = len(keys), rotation.cos.shape[1]
-    at = np.random.default_rng(seed).integers(0, len(rotation.cos), tokens)
+    at = np.random.default_rng(seed).integers(0, min(len(rotation.cos), context or len(rotation.cos)), tokens)
     angles: Floats = np.arctan2(rotation.sin[at], rotation.cos[at])[:, None]  # (n, 1, half)
     cos, sin = np.cos(angles), np.sin(angles)
     first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if rotation.interleaved else _halves(half)
@@ -231,7 +238,7 @@ def calibrate(attention: Attention, sample: Sample, scheme: Scheme, choices: Cho
     if not (np.isfinite(keys).all() and np.isfinite(values).all()):
         raise ValueError(f"keys or values of {attention.node} hold NaN or infinity, so no range fits; check the model")
     if attention.rotation is not None:
-        keys = np.concatenate([keys, deeper(keys, attention.rotation, choices.seed)])
+        keys = np.concatenate([keys, deeper(keys, attention.rotation, choices.seed, choices.context)])
     keys, values = (part.reshape(len(part), attention.channels) for part in (keys, values))
     key_scales = scales_of(keys, scheme, choices.ranges, choices.keys)
     value_scales = scales_of(values, scheme, choices.ranges, choices.values)

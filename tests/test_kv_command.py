@@ -167,6 +167,7 @@ def test_export_refuses_before_it_works(
         (["--add", "int8", "--tokens", "3"], "3 tokens are too few to choose scales on; use at least 64"),
         (["--add", "int8", "--text", "no-such-text"], "no text 'no-such-text'"),
         (["--add", "int8", "--seed", "-1"], "seed = -1 is negative"),
+        (["--add", "int8", "--context", "0"], "a context of 0 tokens holds nothing"),
     ],
 )
 def test_bad_words_are_one_line(words: list[str], says: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

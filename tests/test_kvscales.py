@@ -98,6 +98,8 @@ def test_keys_that_turn_get_a_range_that_holds_at_depth() -> None:
     sample = Sample(keys, np.ones_like(keys))
     deep = kvscales.calibrate(attention, sample, SCHEMES["int8"], Choices("max"))
     assert deep.keys == pytest.approx([5 / 127, 5 / 127], rel=0.01)  # ... further on in both
+    near = kvscales.calibrate(attention, sample, SCHEMES["int8"], Choices("max", context=2))
+    assert near.keys[0] == deep.keys[0] and near.keys[1] == pytest.approx(5 * np.sin(1.0) / 127, rel=0.01)
     flat = kvscales.calibrate(Attention("a", ("k", "v"), 1, 2, None), sample, SCHEMES["int8"], Choices("max"))
     assert flat.keys[1] < 1e-6 and flat.key_error == pytest.approx(0.0, abs=1e-6)
     assert deep.values == pytest.approx([1 / 127, 1 / 127])
@@ -137,6 +139,10 @@ def test_choices_are_checked() -> None:
         Choices(ranges="median")
     with pytest.raises(ValueError, match="scales per 'head' do not exist; use channel or tensor"):
         Choices(values="head")
+    with pytest.raises(ValueError, match="seed = -1 is negative"):
+        Choices(seed=-1)
+    with pytest.raises(ValueError, match="a context of 0 tokens holds nothing"):
+        Choices(context=0)
 
 
 def test_targets_without_a_kernel_and_heads_it_refuses() -> None:
