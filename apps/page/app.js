@@ -250,6 +250,7 @@ function toggleSidebar() {
 }
 
 function closeSidebar() {
+  if (NARROW.matches && $("sidebar").contains(document.activeElement)) $("sidebar-toggle").focus();
   document.body.classList.remove("sidebar-shown");
   $("sidebar-toggle").setAttribute("aria-expanded", String(!NARROW.matches && !document.body.classList.contains("sidebar-hidden")));
 }
@@ -317,7 +318,7 @@ const SHORTCUTS = {
 
 function onKey(event) {
   if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
-  const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName);
+  const typing = /^(INPUT|TEXTAREA)$/.test(event.target.tagName);
   const shortcut = event.altKey && !event.ctrlKey && !event.metaKey && SHORTCUTS[event.code];
   if (shortcut) {
     event.preventDefault();
