@@ -11,19 +11,20 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rlkit.apps import console
 from rlkit.runtime.request import Prefilled
 from rlkit.runtime.thoughts import CLOSE, OPEN, Piece
 
 if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
     from rich.markdown import Markdown
 
 NARROW = 30  # columns; a terminal with fewer gets replies as they are
-DRAW_SECONDS = 0.1
+DRAW_SECONDS, DRAW_REST = 0.1, 24.0  # drawn so often; a 25th of the time at most, which the model lacks
 CLEAR_LINE = "\r\x1b[2K"
 CODE_THEME = "monokai"
 # What a terminal would obey instead of showing: control characters other than line feed and tab.
@@ -115,7 +116,7 @@ class Plain:
 class Drawn(Plain):
     """Markdown, drawn on a terminal."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, rest: float = DRAW_REST) -> None:
         from rich.console import Console
 
         super().__init__()
@@ -123,22 +124,25 @@ class Drawn(Plain):
         self._clock = clock
         self._live: Live | None = None
         self._text = ""  # not printed for good yet
-        self._drawn = 0.0
+        self._rest = rest  # of the time that drawing took, before it is drawn again
+        self._next = 0.0
         self._printed = False
 
     def _say(self, text: str) -> None:
         self._text += printable(text)
         now = self._clock()
-        if now - self._drawn >= DRAW_SECONDS:
+        if now >= self._next:
             self._draw()
-            self._drawn = now
+            later = self._clock()
+            self._next = later + max(DRAW_SECONDS, self._rest * (later - now))
 
     def _draw(self) -> None:
         finished, self._text = blocks(self._text)
         live = self._started()
         if finished.strip():
             self._print(finished)
-        live.update(_Tail(markdown(self._text), space=self._printed), refresh=True)
+        end = _end(self._text, self._console.size.height)
+        live.update(_Tail(markdown(end), space=self._printed), refresh=True)
 
     def _close(self, note: str) -> None:
         if self._live is not None:
@@ -220,7 +224,7 @@ def markdown(text: str) -> Markdown:
     from rich.markdown import Markdown
 
     drawn = Markdown("", code_theme=CODE_THEME, hyperlinks=False)
-    drawn.parsed = _parsed(text)
+    drawn.parsed = _rules().parse(text)
     for token in drawn.parsed:
         for child in token.children or ():
             if child.type == "softbreak":
@@ -230,18 +234,28 @@ def markdown(text: str) -> Markdown:
 
 def blocks(text: str) -> tuple[str, str]:
     """The blocks of Markdown that cannot change any more, and the last one, which can."""
-    begins = [token.map[0] for token in _parsed(text) if token.level == 0 and token.nesting >= 0 and token.map]
+    found = _rules().disable(["inline", "text_join"]).parse(text)
+    begins = [token.map[0] for token in found if token.level == 0 and token.nesting >= 0 and token.map]
     if len(begins) < 2:
         return "", text
     lines = text.split("\n")
     return "\n".join(lines[: begins[-1]]), "\n".join(lines[begins[-1] :])
 
 
-def _parsed(text: str) -> list[Any]:
+def _end(text: str, lines: int) -> str:
+    """So much of a block that its last lines look as they would: what begins a code block or a table, and the end."""
+    rows = text.split("\n")
+    if len(rows) <= 2 * lines:
+        return text
+    fenced = rows[0].lstrip().startswith(("```", "~~~"))
+    table = rows[1].strip() and not rows[1].strip("|-: ")
+    return "\n".join([*rows[: 1 if fenced else 2 if table else 0], *rows[-lines:]])
+
+
+def _rules() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    rules = MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block", "html_inline", "reference"])
-    return rules.parse(text)
+    return MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block", "html_inline", "reference"])
 
 
 def _columns() -> int:

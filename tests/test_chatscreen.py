@@ -93,7 +93,7 @@ def shown(raw: str, width: int, height: int) -> list[str]:
 def drawn(text: str, size: int, *, end: str = "") -> None:
     """Show a text in pieces, every one of which is drawn."""
     ticks = count()
-    screen = chatscreen.Drawn(clock=lambda: float(next(ticks)))
+    screen = chatscreen.Drawn(clock=lambda: float(next(ticks)), rest=0)
     for at in range(0, len(text), size):
         screen.show(Piece(text[at : at + size]))
     screen.end(end)
@@ -162,6 +162,46 @@ def test_a_long_block_does_not_go_beyond_the_terminal(opened: Callable[[], Termi
     drawn(code, 9)
     found = shown(terminal.getvalue(), 60, 12)
     assert [line.strip() for line in found if line.strip()] == [f"line {number}" for number in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("begin", "line", "raw"),
+    [("```\n", "- x {}\n", "•"), ("| a |\n|:--|\n", "| x {} |\n", "|"), ("", "- x {}\n", "-"), ("", "x {}\n", "|")],
+)
+def test_the_end_of_a_long_block_looks_as_the_whole(
+    begin: str, line: str, raw: str, opened: Callable[[], Terminal]
+) -> None:
+    terminal = opened()
+    screen = chatscreen.Drawn()
+    screen.show(Piece(begin + "".join(line.format(number) for number in range(100))))
+    drawn = shown(terminal.getvalue(), 60, 12)
+    assert any("x 99" in row for row in drawn) and len(drawn) <= 12
+    assert raw not in "".join(drawn)
+    screen.end()
+    assert [row.split()[-1] for row in shown(terminal.getvalue(), 60, 12) if " x " in f" {row}"] == [
+        str(number) for number in range(100)
+    ]
+
+
+class Counting(chatscreen.Drawn):
+    """Counts how often it draws."""
+
+    drawn = 0
+
+    def _draw(self) -> None:
+        self.drawn += 1
+        super()._draw()
+
+
+def test_drawing_takes_a_small_share_of_the_time(opened: Callable[[], Terminal]) -> None:
+    terminal = opened()
+    halves = count()  # every look at the clock is half a second later, so drawing seems to take that long
+    screen = Counting(clock=lambda: next(halves) / 2)
+    for _piece in range(100):
+        screen.show(Piece("word "))
+    assert 3 <= screen.drawn <= 5
+    screen.end()
+    assert "".join(shown(terminal.getvalue(), 60, 12)).count("word") == 100
 
 
 def test_a_stopped_reply_shows_what_there_was(opened: Callable[[], Terminal]) -> None:
