@@ -57,6 +57,7 @@ def serve(  # noqa: PLR0913, one parameter per option of the command
     from rlkit.apps.server.app import create_app
 
     settings = Settings(host, api_key, tuple(cors or ()))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")  # standard error
     pool = make_pool(bundles, slots=slots, queue=queue, memory=memory, opener=_opener(device, threads, kv))
     with listening(host, port) as sock, contextlib.closing(pool):
         address = address_of(host, sock)
@@ -148,7 +149,6 @@ def make_server(app: Any, settings: Settings, ready: Callable[[], None]) -> Any:
             if self.started:
                 ready()
 
-    logging.getLogger("rlkit.server").addHandler(_handler())
     return Server(
         uvicorn.Config(
             app,
@@ -165,12 +165,6 @@ def make_server(app: Any, settings: Settings, ready: Callable[[], None]) -> Any:
             timeout_graceful_shutdown=int(settings.grace_seconds),
         )
     )
-
-
-def _handler() -> logging.Handler:
-    handler = logging.StreamHandler()  # standard error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    return handler
 
 
 def _ready(address: str, pool: Pool, settings: Settings, *, json: bool) -> None:

@@ -74,7 +74,9 @@ class Reader:
         return found
 
     def _pieces(self, text: str) -> list[Piece]:
-        return [Piece(text)] if self.thoughts is None else self.thoughts.feed(text)
+        if self.thoughts is not None:
+            return self.thoughts.feed(text)
+        return [Piece(text)] if text else []
 
     def _deltas(self, pieces: list[Piece]) -> Iterator[Delta]:
         for piece in pieces:
@@ -107,7 +109,6 @@ class Reader:
         self.counts.reused = finished.reused_tokens
         called = self.calls is not None and self.calls.found and finished.reason is Reason.STOP
         end = self.called if called else finished.reason.value
-        found = [delta for delta in found if delta.text or delta.thought or delta.call]
         return [*found, Delta(self.choice, logprobs=self._take(), end=end)]
 
     def _prefilled(self, event: Prefilled) -> list[Delta]:

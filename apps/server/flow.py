@@ -69,15 +69,17 @@ async def happenings(
     placed = _Placed(engine, requests, at_once)
     try:
         while placed.place():
-            found = []
+            found, failure = [], None
             for choice, at, told in await placed.take():
                 if told is None:
                     placed.tickets.pop(choice, None)
                 elif isinstance(told, Exception):
-                    raise told
+                    failure = failure or told
                 else:
                     found.append(Happening(choice, at, told))
             yield found
+            if failure is not None:
+                raise failure
     finally:
         for ticket in placed.tickets.values():
             ticket.cancel()

@@ -68,11 +68,13 @@ class Calls:
     def end(self) -> list[Part]:
         """What was held back, when the reply is over: a call that never became one is text."""
         held, self._held = self._held, ""
-        if self._step in (self._arguments, self._rest) or not held.strip(BETWEEN + "[]"):
+        if self._step in (self._start, self._text, self._plain):
+            return [held] if held.strip() or (held and not self.found) else []
+        if self._step in (self._arguments, self._rest):
             return []
-        if self._step == self._between and CLOSING.startswith(held.strip()):
-            return []
-        return [self._tag + held if self._step in (self._between, self._object) else held]
+        if self._step == self._between and (self.found or CLOSING.startswith(held.strip())):
+            return []  # what is left of the last call's closing
+        return [self._tag + held]
 
     # Steps: each takes from what is held, adds to the parts, and says whether another step can follow at once.
 
@@ -93,8 +95,7 @@ class Calls:
         places = {place: tag for tag in TAGS if (place := self._held.find(tag)) >= 0}
         if places:
             place = min(places)
-            before = self._held[:place]
-            parts.append(before if before.strip() else "")
+            parts.append(self._held[:place].rstrip())
             self._tag, self._step = places[place], self._between
             self._held = self._held[place + len(self._tag) :]
             return True
@@ -108,9 +109,16 @@ class Calls:
 
     def _between(self, parts: list[Part]) -> bool:
         """Inside a tag, before, between or after calls."""
-        self._held = self._held.lstrip(BETWEEN + "[]")
-        if not self._held:
+        self._held = self._held.lstrip(BETWEEN)
+        if not self._held or any(tag.startswith(self._held) and tag != self._held for tag in TAGS):
             return False
+        again = next((tag for tag in TAGS if self._held.startswith(tag)), None)
+        if again is not None:
+            self._tag, self._held = again, self._held[len(again) :]
+            return True
+        if self._held[0] in "[]":
+            self._held = self._held[1:]
+            return True
         if self._held[0] == "{":
             self._step, self._ending, self._scanned = self._object, Ending(), 0
             return True
