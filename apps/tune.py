@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from rlkit.apps import console
+from rlkit.profiles import options, tunerun
 from rlkit.profiles import tune as search
-from rlkit.profiles import tunerun
 from rlkit.profiles.tune import Outcome, Trial, Verdict
 from rlkit.runtime import tuned as settings
 from rlkit.runtime import tunedbundle
@@ -18,7 +18,7 @@ from rlkit.runtime import tunedbundle
 MOST_SECONDS = 3600.0
 
 
-def tune(
+def tune(  # noqa: PLR0913, one parameter per option of the command
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, made by rlkit export.")],
     seconds: Annotated[float, typer.Option(help="Begin nothing new after this time.")] = search.SECONDS,
     write: Annotated[
@@ -28,14 +28,15 @@ def tune(
         bool, typer.Option("--inexact", help="Also try other kernels, which round differently.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and keep nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Keep what was found on a busy machine too.")] = False,
     forget: Annotated[bool, typer.Option("--forget", help="Measure nothing and go back to the defaults.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
     """Find the fastest threads, affinity, spinning, memory and page options for a bundle here, in under two minutes.
 
     Each setting runs in a process of its own, in turns with the best so far; it is kept where prompts and replies
-    together are faster by more than the noise. run, chat, serve and bench use what was found, on this machine and for
-    bundles of this form; RLKIT_TUNED=off leaves it alone. Best while nothing else runs.
+    together are faster by more than the noise, and where little else was running. run, chat, serve and bench use what
+    was found, on this machine and for bundles of this form; RLKIT_TUNED=off leaves it alone.
 
     Example: rlkit tune ./bundle && rlkit bench ./bundle
     """
@@ -46,7 +47,7 @@ def tune(
         raise ValueError(f"--seconds {seconds} is outside 0..{MOST_SECONDS:.0f}; a hundred are enough for most")
     with console.progress(quiet=json) as tell:
         outcome = tunerun.tune_bundle(bundle, seconds=seconds, inexact=inexact, tell=tell)
-    path = None if dry_run else _keep(bundle, outcome, write=write)
+    path = None if dry_run or (outcome.busy and not force) else _keep(bundle, outcome, write=write)
     if json:
         where = None if path is None else str(path)
         console.emit_json({"schema_version": 1, "bundle": str(bundle), "file": where, **outcome.to_json()})
@@ -75,7 +76,8 @@ def _forget(bundle: Path, *, json: bool) -> None:
 def _show(outcome: Outcome, path: Path | None) -> None:
     if outcome.busy:
         used = f"other programs used {100 * (outcome.load or 0):.0f} % of the machine"
-        console.say(f"{used}: what was found suits a busy one; tune again while nothing else runs")
+        advice = "tune again while nothing else runs" + ("" if path else ", or keep it with --force")
+        console.say(f"{used}: what was found suits a busy one{'' if path else ' and is not kept'}; {advice}")
     rows = [row(trial) for trial in outcome.trials]
     if rows:
         console.table(("varied", "tried", "time", "prompt", "reply", "noise", ""), rows)
@@ -98,11 +100,11 @@ def row(trial: Trial) -> tuple[str, ...]:
 def lines(outcome: Outcome) -> Iterator[str]:
     """What was found, for a person."""
     if not outcome.changed:
-        yield f"the default is best here: {outcome.default.threads} threads; {console.duration(outcome.seconds)}"
+        threads = options.counted(outcome.default.threads)
+        yield f"the default is best here: {threads}; {console.duration(outcome.seconds)}"
     else:
-        options = ", ".join(f"{name}={value}" for name, value in outcome.tuned.session_options.items())
-        also = f", {options}" if options else ""
-        yield f"best here: {outcome.tuned.threads} threads{also}{_gain(outcome.against)}"
+        found = [f"{name}={value}" for name, value in outcome.tuned.session_options.items()]
+        yield f"best here: {', '.join([options.counted(outcome.tuned.threads), *found])}{_gain(outcome.against)}"
     if outcome.tuned.advice is not None:
         yield f"faster still, where a command is started so, as bench does: {outcome.tuned.advice} rlkit run ..."
     if outcome.left_out:

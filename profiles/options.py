@@ -72,7 +72,7 @@ def _asks_for_huge_pages(path: Path = HUGE_PAGES) -> bool:
 
 def axes(facts: Facts, *, inexact: bool = False) -> Iterator[tuple[str, tuple[Change, ...] | None]]:
     """(what is varied, the changes), what matters most first; None stands for `affinities` of the threads chosen."""
-    yield "threads", tuple(Change(_threads(number), threads=number) for number in thread_counts(facts))
+    yield "threads", tuple(Change(counted(number), threads=number) for number in thread_counts(facts))
     yield "spinning", (Change("no spinning", options={"session.intra_op.allow_spinning": "0"}),)
     yield "affinity", None
     yield "splitting", (Change("blocks that shrink", options={"session.dynamic_block_base": "4"}),)
@@ -102,5 +102,6 @@ def affinities(facts: Facts, threads: int) -> tuple[Change, ...]:
     return (Change("threads held on cores", options={"session.intra_op_thread_affinities": held}),)
 
 
-def _threads(number: int) -> str:
+def counted(number: int) -> str:
+    """1 thread, 2 threads."""
     return f"{number} thread{'s' if number > 1 else ''}"

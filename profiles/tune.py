@@ -21,14 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from rlkit.profiles.options import Change, Facts, affinities, axes
+from rlkit.profiles.options import Change, Facts, affinities, axes, counted
 from rlkit.recover.progress import Progress, Tell, silent
 from rlkit.runtime.tuned import Tuned
 
 PROMPT, REPLY = 512, 128  # tokens of the exchange that settings are judged by
 LEAST = 0.02  # of the cost: less is not worth an option
 GUARD = 0.05  # that prompts or replies may lose
-HOPELESS = 1.4  # times the leader's cost: given up after one round that counts
+HOPELESS = 1.4  # times the leader's cost, in two rounds: given up
 LEAST_ROUNDS = 3  # before anything else is given up, so that its figures say something
 FEWEST, MOST = 4, 9  # rounds that count
 SECONDS = 100.0
@@ -310,9 +310,10 @@ def _rounds(
 
 def _given_up(mine: list[Sample], base: list[Sample], rounds: int) -> str:
     """Why more rounds are no use, if so: it is far slower, or as many were lost as no winner may lose."""
-    if mine[0].cost > HOPELESS * base[0].cost:
+    ratios = [a.cost / b.cost for a, b in zip(mine, base, strict=True)]
+    if len(ratios) >= 2 and min(ratios) > HOPELESS:
         return "far slower"
-    lost = sum(a.cost >= b.cost for a, b in zip(mine, base, strict=True))
+    lost = sum(ratio >= 1 for ratio in ratios)
     return "no faster" if lost > _may_lose(rounds) and len(mine) >= LEAST_ROUNDS else ""
 
 
@@ -338,7 +339,7 @@ def _confirm(search: Search, best: Tuned, base: Tuned) -> tuple[Tuned, Verdict |
 
 def _label(best: Tuned, base: Tuned) -> str:
     """What differs, in words."""
-    words = [f"{best.threads} threads"] if best.threads != base.threads else []
+    words = [counted(best.threads)] if best.threads != base.threads else []
     words += [f"{name}={value}" for name, value in best.session_options.items() if name not in base.session_options]
     return ", ".join(words + [f"{name}={value}" for name, value in best.environment.items()])
 

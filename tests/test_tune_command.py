@@ -149,6 +149,9 @@ def test_nothing_better_is_said_and_kept_as_such(
     said = capsys.readouterr()
     assert "the default is best here: 2 threads; 1:01" in said.out
     assert "other programs used 90 % of the machine" in said.err
+    assert "and is not kept; tune again while nothing else runs, or keep it with --force" in said.err
+    assert tuned.settings_for(bundle) is None
+    command.tune(bundle, force=True)
     kept = tuned.settings_for(bundle)
     assert kept is not None and (kept.threads, kept.session_options) == (2, {})
 
@@ -171,7 +174,7 @@ def test_workers_run_with_the_settings_they_are_given(bundle: Path) -> None:
 
 
 def test_a_real_search_ends_in_time_with_an_answer(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.tune(bundle, seconds=8.0, json=True)
+    command.tune(bundle, seconds=8.0, force=True, json=True)
     answer = json.loads(capsys.readouterr().out)
     assert answer["threads"] >= 1 and (answer["trials"] or answer["left_out"])
     assert answer["changed"] is any(trial["won"] for trial in answer["trials"] if trial["axis"] == AGAIN)
