@@ -1,7 +1,8 @@
 """Caches of finished replies, kept so that a prompt which begins as one of them did is not computed again.
 
 A kept cache is rewound to the longest prefix that it shares with the new prompt. One of which less than half would
-stay is left to the conversation it belongs to, unless it holds the whole prompt; the oldest go when there are too many or too many bytes.
+stay, and which does not hold the whole prompt, is left to the conversation it belongs to. The oldest go when there are
+too many or too many bytes.
 """
 
 from __future__ import annotations

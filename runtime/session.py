@@ -242,9 +242,9 @@ class Session:
         return [logprob for some in self._scores(request) for logprob in some]
 
     def close(self) -> None:
-        """Give all memory back; the session cannot be used afterwards."""
-        self._caches.clear()
-        self._plain = self._model = self._tokenizer = self._loaded = None  # type: ignore[assignment]
+        """Give all memory back; a stream that is going on keeps its own, and whatever else is asked is a ValueError."""
+        gone: Any = _Closed()
+        self._caches = self._plain = self._model = self._tokenizer = self._loaded = gone
 
     def _measuring(self) -> Plain:
         if self._plain is None:
@@ -339,6 +339,13 @@ def open_bundle(bundle: Path, *, device: str = "cpu", threads: int | None = None
     session = Session(bundle, config, manifest, used, choice.device.provider, kv=kv, options=options)
     session.why = choice.why
     return session
+
+
+class _Closed:
+    """In place of what a closed session gave back."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError("the session is closed; open it again with open_bundle")
 
 
 def _tokens(events: Generator[Event, None, None]) -> Generator[Token, None, None]:
