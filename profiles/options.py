@@ -13,6 +13,7 @@ from typing import Any
 
 from rlkit.recover import cores
 from rlkit.runtime.tuned import Tuned
+from rlkit.runtime.tunedbundle import AFFINITIES
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 OLDEST_GLIBC = (2, 35)  # the first whose malloc can ask for huge pages
@@ -99,7 +100,7 @@ def affinities(facts: Facts, threads: int) -> tuple[Change, ...]:
     if not 1 < threads <= len(facts.per_core):
         return ()
     held = ";".join(str(number + 1) for number in facts.per_core[1:threads])
-    return (Change("threads held on cores", options={"session.intra_op_thread_affinities": held}),)
+    return (Change("threads held on cores", options={AFFINITIES: held}),)
 
 
 def counted(number: int) -> str:

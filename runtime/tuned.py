@@ -139,7 +139,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processors": len(cores.allowed()),
+        "processors": list(cores.allowed()),  # which ones: threads may be held on them
         "threads": cores.default_threads(),
         "onnxruntime": _version("onnxruntime"),
     }

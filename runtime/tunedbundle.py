@@ -1,6 +1,8 @@
 """Tuned settings inside a bundle: into its genai_config.json, and out again.
 
 The manifest says which they are and what stood there before, so that they can be undone, and keeps the new hash.
+Which processors threads are held on stays out: a bundle may go to another machine, or be opened with other threads,
+and then could not be opened.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from rlkit.runtime.tuned import Tuned
 
 CONFIG, MANIFEST = "genai_config.json", "rlkit.json"
 THREADS = "intra_op_num_threads"
+AFFINITIES = "session.intra_op_thread_affinities"
 
 
 def write(bundle: Path, tuned: Tuned) -> Path:
@@ -22,6 +25,7 @@ def write(bundle: Path, tuned: Tuned) -> Path:
     config, manifest = _read(bundle)
     options = _options(config)
     new = {THREADS: tuned.threads, **tuned.session_options}
+    new.pop(AFFINITIES, None)
     before = {name: options.get(name) for name in new}
     options.update(new)
     manifest["tuned"] = {**tuned.to_json(), "before": before, "threads_before": manifest.get("threads")}

@@ -120,6 +120,13 @@ def test_written_into_the_bundle_it_goes_along_and_can_be_undone(
     assert tunedbundle.undo(bundle) is None
 
 
+def test_processors_of_this_machine_stay_out_of_the_bundle(bundle: Path) -> None:
+    tunedbundle.write(bundle, Tuned(2, {**SPIN, tunedbundle.AFFINITIES: "2"}))
+    options = json.loads((bundle / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    assert SPIN.items() <= options.items() and tunedbundle.AFFINITIES not in options
+    assert open_bundle(bundle, threads=1).threads == 1
+
+
 def test_only_our_bundles_are_written_into(bundle: Path, measured: list[Any]) -> None:
     (bundle / "rlkit.json").unlink()
     with pytest.raises(ValueError, match=r"has no rlkit.json, so nothing is written into it; leave --write out"):

@@ -59,7 +59,10 @@ def test_another_machine_or_runtime_has_settings_of_its_own(bundle: Path, monkey
     tuned.save(bundle, FOUND)
     monkeypatch.setattr(tuned.cores, "allowed", lambda: (0, 1, 2, 3, 4, 5, 6))
     assert settings_for(bundle) is None
-    monkeypatch.undo()
+    monkeypatch.setattr(tuned.cores, "allowed", lambda: (6, 7))
+    other = tuned.machine_key()
+    monkeypatch.setattr(tuned.cores, "allowed", lambda: (4, 5))
+    assert tuned.machine_key() != other  # as many, but not the same
 
 
 def test_another_version_of_the_runtime_has_settings_of_its_own(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
