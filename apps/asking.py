@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from rlkit.runtime.session import Session
 
 MOST_SCHEMA_NBYTES = 1 << 20
+WRONG_EVERYWHERE = (  # as Python's parser says it; what else it refuses may be good elsewhere
+    "missing )",
+    "unbalanced parenthesis",
+    "unterminated character set",
+    "nothing to repeat",
+    "min repeat greater than max repeat",
+    "bad escape (end of pattern)",
+    "bad character range",
+)
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, made by rlkit export.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="The longest reply, in tokens.")]
@@ -78,6 +88,10 @@ class Place:
     threads: int | None = None
     kv: str | None = None
 
+    def told(self, session: Any) -> str:
+        """Where a session runs and why, which is said whenever that was not simply the processor."""
+        return "" if self.device == "cpu" else f"on {session.device}: {session.why}"
+
     def open(self, bundle: Path, adapter: str | None = None) -> Session:
         """Open a bundle; ValueError, before its model is loaded, for an adapter that it does not have."""
         from rlkit.runtime.session import open_bundle, read_bundle
@@ -86,6 +100,12 @@ class Place:
         if adapter is not None and adapter not in (there := adapters_in(bundle)):
             raise ValueError(f"{bundle} has no adapter {adapter!r}; there are {', '.join(there) or 'none'}")
         return open_bundle(bundle, device=self.device, threads=self.threads, kv=self.kv)
+
+
+def about(bundle: Path, session: Any, adapter: str | None) -> dict[str, Any]:
+    """What replies: the beginning of every reply as JSON."""
+    found = {"schema_version": 1, "bundle": str(bundle), "adapter": adapter}
+    return found | {name: getattr(session, name, None) for name in ("device", "why", "kv", "threads")}
 
 
 def adapters_in(bundle: Path) -> tuple[str, ...]:
@@ -146,14 +166,17 @@ def _schema(asked: str) -> str:
 
 
 def _check_regex(expression: str) -> None:
-    """Find what no dialect takes; the runtime's own (Rust's, without looking around) is checked when it is used."""
+    """Refuse what no dialect takes; the runtime's own (Rust's, without looking around) is checked once it is there."""
     if not expression:
         raise ValueError("--regex is empty; give an expression, or leave it out")
-    known = re.sub(r"\\[pP](\{[^}]*\}|\w)", r"\\w", expression).replace(r"\z", r"\Z")
     try:
-        re.compile(known)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"--regex {expression!r} is no regular expression ({error}); correct it") from error
+        with warnings.catch_warnings(action="ignore"):
+            re.compile(expression)
+    except re.error as error:
+        if error.msg.startswith(WRONG_EVERYWHERE):
+            raise ValueError(f"--regex {expression!r} is no regular expression ({error}); correct it") from error
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"--regex is too deep or counts too far ({error}); make it simpler") from error
 
 
 def reply_json(reply: Reply, session: Any) -> dict[str, Any]:

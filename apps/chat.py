@@ -59,6 +59,8 @@ def chat(  # noqa: PLR0913, one parameter per option of the command
     keyboard = Keyboard(partial(chatcommands.completions, room))
     if keyboard.interactive:
         console.say(f"{bundle}: context of {session.context_length} tokens, {session.threads} threads")
+        if where := place.told(session):
+            console.say(where)
         if session.adapters:
             chatcommands.obey(room, "/adapter")
         console.say(GREETING)

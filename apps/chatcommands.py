@@ -88,6 +88,8 @@ def _facts(room: Room) -> str:
     parts = [f"context of {model.context_length} tokens"]
     if (device := getattr(model, "device", None)) is not None:
         parts.append(f"on {device}")
+    if (kv := getattr(model, "kv", None)) is not None:
+        parts.append(f"{kv} cache")
     if (threads := getattr(model, "threads", None)) is not None:
         parts.append(f"{threads} threads")
     return ", ".join(parts)

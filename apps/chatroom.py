@@ -66,9 +66,9 @@ class Room:
         self.replies += 1
         self.tokens += reply.speed.new_tokens
         if self.json:
-            about = {"schema_version": 1, "bundle": str(self.bundle), "adapter": self.talk.adapter, "stopped": stopped}
-            numbers = asking.reply_json(reply, self.talk.model)
-            console.emit_json_line({**about, **numbers, "context_tokens": self.talk.context_tokens})
+            about = asking.about(self.bundle, self.talk.model, self.talk.adapter)
+            numbers = {"stopped": stopped, "context_tokens": self.talk.context_tokens}
+            console.emit_json_line({**about, **asking.reply_json(reply, self.talk.model), **numbers})
             return
         if reply.left_out > self.left_out:
             chatscreen.aside(f"[the context is full: the oldest {reply.left_out} messages are not sent any more]")

@@ -14,9 +14,9 @@ import typer
 
 from rlkit.apps import asking, console
 from rlkit.apps.asking import Place
-from rlkit.apps.chatscreen import Plain
+from rlkit.apps.chatscreen import Nothing, Plain, Screen
 from rlkit.runtime.chat import Hearing, Manner, Message
-from rlkit.runtime.request import Sampling
+from rlkit.runtime.request import Prefilled, Sampling
 from rlkit.runtime.thoughts import opens_thought
 
 
@@ -56,24 +56,26 @@ def run(  # noqa: PLR0913, one parameter per option of the command
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ValueError("the prompt is empty; say something")
-    session = Place(device, threads, kv).open(bundle, adapter)
+    place = Place(device, threads, kv)
+    session = place.open(bundle, adapter)
+    if not json and (where := place.told(session)):
+        console.say(where)
     asked = [*([Message("system", system)] if system else []), Message("user", text)]
     prompted = text if raw else session.apply_template([message.to_json() for message in asked])
     ids = session.encode(prompted)
     hearing = Hearing(len(ids), thinking=None if raw else opens_thought(prompted))
-    screen = Plain()
+    screen: Screen = Nothing() if json else Plain()
     with contextlib.closing(session.stream(manner.request(ids, adapter))) as events:
         for event in events:
+            if isinstance(event, Prefilled):
+                screen.show(event)
             for piece in hearing.hear(event):
-                if not json:
-                    screen.show(piece)
+                screen.show(piece)
     for piece in hearing.rest():
-        if not json:
-            screen.show(piece)
+        screen.show(piece)
     reply = hearing.reply()
+    screen.end()
     if json:
-        about = {"schema_version": 1, "bundle": str(bundle), "adapter": adapter, "device": device, "kv": kv}
-        console.emit_json({**about, **asking.reply_json(reply, session)})
+        console.emit_json({**asking.about(bundle, session, adapter), **asking.reply_json(reply, session)})
     else:
-        screen.end()
         console.say(str(reply.speed))

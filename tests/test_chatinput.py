@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,3 +212,19 @@ def test_ctrl_c_at_a_terminal(at_terminal: Pty) -> None:
     at_terminal.until("> ")
     at_terminal.type("\x03")
     at_terminal.until("left")
+
+
+@pytestmark_terminal
+def test_the_prompt_is_no_part_of_piped_output(tmp_path: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", APP, str(Path(__file__).parent), "**yes**"]
+    environment = {**os.environ, "TERM": "xterm", "RLKIT_CACHE": str(tmp_path)}
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=environment) as app:
+        os.close(theirs)
+        os.write(ours, b"hello\n/quit\n")
+        assert app.stdout is not None
+        assert app.stdout.read() == b"**yes**\nleft\n"
+        assert app.wait(60) == 0
+    os.close(ours)

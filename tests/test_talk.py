@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tiny
-from rlkit.apps import cli
+from rlkit.apps import asking, cli
 from rlkit.export import adapters, graph, write
 from rlkit.export.adapters import LowRank
 from rlkit.export.build import export_bundle
@@ -52,7 +52,7 @@ def test_run_uses_the_template(bundle: Path, capsys: pytest.CaptureFixture[str])
     assert result["new_tokens"] == 4
     assert result["schema_version"] == 1
     assert (result["finish_reason"], result["reused_tokens"], result["context_length"]) == ("length", 0, 2048)
-    assert (result["device"], result["kv"]) == ("cpu", None)
+    assert (result["device"], result["kv"], result["why"]) == ("cpu", None, "asked for")
     assert err == ""
 
 
@@ -176,3 +176,52 @@ def test_sampling_options_change_the_reply(bundle: Path, capsys: pytest.CaptureF
     for narrow in (("--top-k", "1"), ("--min-p", "1"), ("--top-p", "0.000001")):
         assert reply(capsys, *hot, *narrow)["text"] == likeliest
     assert reply(capsys, *asked, "--repetition-penalty", "50")["text"] != likeliest
+
+
+def test_where_a_reply_comes_from_is_said(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["run", str(bundle), "hi", "-n", "2", "--device", "auto"]
+    assert cli.run(asked) == 0
+    assert capsys.readouterr().err.startswith("on cpu: the processor: ")
+    assert cli.run([*asked, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["why"].startswith("the processor: ") and err == ""
+
+
+def test_a_template_that_opens_a_thought(bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    thinker = shutil.copytree(bundle, tmp_path / "thinker")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        if (thinker / name).is_file():
+            text = (thinker / name).read_text()
+            (thinker / name).write_text(
+                text.replace("assistant\n'", "assistant\n<think>'").replace("assistant\\n'", "assistant\\n<think>'")
+            )
+    asked = (str(thinker), "hi", "-n", "20", "--temperature", "1", "--seed", "1")
+    assert cli.run(["run", *asked]) == 0
+    out, err = capsys.readouterr()
+    assert out == "\n" and err.startswith("<think>\n") and "</think>" in err
+    found = reply(capsys, *asked)
+    assert found["text"] == "" and found["thought"]
+
+
+@pytest.mark.parametrize("expression", [r"\p{L}+", "(?<name>a)b", r"[a-z&&[^b]]", "[[:alpha:]]", "(?i:a)b(?i)c", "a**"])
+def test_an_expression_of_another_dialect_is_left_to_the_runtime(expression: str) -> None:
+    shape = asking.guidance(None, expression)
+    assert shape is not None and shape.text == expression
+
+
+@pytest.mark.parametrize("expression", ["", "(", "a)", "[a", "*a", "a{3,2}", "a\\", "[z-a]"])
+def test_an_expression_of_no_dialect_is_refused(expression: str) -> None:
+    with pytest.raises(ValueError, match=r"--regex .*(correct it|leave it out)"):
+        asking.guidance(None, expression)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"[1]", "JSON list"), (b"{", "not valid JSON"), (b"\xff{}", "not UTF-8"), (b"[" * 99_999, "valid JSON")],
+)
+def test_a_file_that_is_no_schema_is_refused(content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        asking.guidance(str(tmp_path / "schema.json"), None)
+    with pytest.raises(ValueError, match="neither JSON nor a file"):
+        asking.guidance(str(tmp_path), None)
