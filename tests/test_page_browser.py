@@ -94,10 +94,17 @@ def test_settings_go_with_the_request(page: Page, server: Server) -> None:
     assert body["stream_options"] == {"include_usage": True}
 
 
-def test_what_is_not_set_is_left_to_the_server(page: Page, server: Server) -> None:
+def test_what_is_empty_is_left_to_the_server(page: Page, server: Server) -> None:
     ask(page, "Hello")
     see(page, "I am a stand-in")
-    assert set(server.asked[0]) == {"model", "messages", "stream", "stream_options"}
+    ended(page)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Temperature").fill("")
+    see(page, "temperature of the server")
+    ask(page, "Hello")
+    page.get_by_text("42.5 tokens/s").nth(1).wait_for()
+    least = {"model", "messages", "stream", "stream_options"}
+    assert [set(body) for body in server.asked] == [least | {"temperature"}, least]
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,12 @@ export function check(settings) {
 
 // What differs from the defaults, in words.
 export function summary(settings) {
-  const parts = settings.system.trim() ? ["system message"] : [];
-  for (const [name, label] of Object.entries(LABELS)) if (settings[name].trim()) parts.push(`${label} ${settings[name].trim()}`);
-  if (settings.stop.trim()) parts.push("stop strings");
-  if (settings.schema.trim()) parts.push("JSON schema");
+  const typed = (name) => settings[name].trim();
+  const changed = (name) => typed(name) !== DEFAULTS[name];
+  const parts = typed("system") ? ["system message"] : [];
+  for (const [name, label] of Object.entries(LABELS)) if (changed(name)) parts.push(`${label} ${typed(name) || "of the server"}`);
+  if (typed("stop")) parts.push("stop strings");
+  if (typed("schema")) parts.push("JSON schema");
   return parts;
 }
 

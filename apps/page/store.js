@@ -9,7 +9,7 @@ const known = new Map();
 
 export const DEFAULTS = Object.freeze({
   system: "",
-  temperature: "",
+  temperature: "0.7", // what a server takes by itself is 1, at which small models ramble
   top_p: "",
   max_tokens: "",
   seed: "",
@@ -101,7 +101,7 @@ export function imported(text) {
 function cleaned(raw) {
   if (!raw || !Array.isArray(raw.messages)) throw new Error("a conversation without messages");
   const made = create(text(raw.model), { ...DEFAULTS });
-  for (const name of Object.keys(DEFAULTS)) made.settings[name] = text(raw.settings?.[name]);
+  for (const name of Object.keys(raw.settings ?? {})) if (name in DEFAULTS) made.settings[name] = text(raw.settings[name]);
   if (/^[\w-]{1,64}$/.test(raw.id)) made.id = raw.id;
   for (const name of ["created", "updated"]) if (Number.isFinite(raw[name])) made[name] = raw[name];
   for (const message of raw.messages) {
