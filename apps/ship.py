@@ -191,7 +191,21 @@ def made(out: Path, json: bool, *, next_step: str) -> None:
         console.emit(f"the file that ships: KL {divergence['kl_mean']:.4f} nats per token, {same}")
     elif divergence and "skipped" in divergence:
         console.emit(f"the file that ships was not measured: {divergence['skipped']}")
+    for line in _caches(out):
+        console.emit(line)
     console.say(f"next: {next_step}")
+
+
+def _caches(out: Path) -> list[str]:
+    """What the quantized KV caches of a bundle save and cost."""
+    manifest = out / "rlkit.json"
+    found = source.read_json(manifest).get("kv_cache") or {} if manifest.is_file() else {}
+    lines = []
+    for name, facts in found.items():
+        share = f"{facts['nbytes_per_token'] / facts['float_nbytes_per_token']:.1%} of the float cache's bytes"
+        cost = facts.get("divergence")
+        lines.append(f"kv {name}: {share}" + (f", KL {cost['kl_mean']:.4f} nats per token to it" if cost else ""))
+    return lines
 
 
 def _report(out: Path) -> list[str]:

@@ -131,7 +131,9 @@ def test_an_interrupted_run_is_run_again(bundle: Path, monkeypatch: pytest.Monke
 def test_export_adds_them_at_once(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["export", str(checkpoint), "-o", str(tmp_path / "b"), "--kv", "int8", "--no-measure"]
     assert cli.run([*words, "--dry-run"]) == 0 and not (tmp_path / "b").exists()
+    capsys.readouterr()
     assert cli.run(words) == 0
+    assert "kv int8: 25.0% of the float cache's bytes" in capsys.readouterr().out
     manifest = publish.read_manifest(tmp_path / "b")
     assert list(manifest["kv_cache"]) == ["int8"] and "divergence" not in manifest["kv_cache"]["int8"]
     assert open_bundle(tmp_path / "b", kv="int8").kv == "int8"
