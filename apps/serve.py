@@ -82,7 +82,7 @@ def make_pool(
     named: dict[str, Path] = {}
     for folder in bundles:
         read_bundle(folder, None)  # complains now, not when it is asked for
-        name = folder.resolve().name
+        name = Path(os.path.abspath(folder)).name  # a link's own name, so that one bundle may have several
         if name in named:
             raise ValueError(f"{folder} and {named[name]} have the same name {name}; rename one of the folders")
         named[name] = folder

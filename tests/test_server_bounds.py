@@ -242,8 +242,8 @@ def test_the_key(session: Scripted) -> None:
     with served.serving(served.pool_of(session), Settings(api_key="s3cret")) as address:
         with served.client_of(address, "s3cret") as client:
             assert [model.id for model in client.models.list()] == ["m"]
-        for key in ("S3cret", "s3cre", "s3cret0", ""):
-            with served.client_of(address, key or " ") as client, pytest.raises(openai.AuthenticationError) as caught:
+        for key in ("S3cret", "s3cre", "s3cret0"):
+            with served.client_of(address, key) as client, pytest.raises(openai.AuthenticationError) as caught:
                 client.models.list()
             assert caught.value.code == "invalid_api_key"
         assert httpx.get(f"{address}/v1/models", headers={"authorization": b"Bearer \xe9"}).status_code == 401
