@@ -121,6 +121,7 @@ class Drawn(Plain):
 
         super().__init__()
         self._console = Console(file=sys.stdout, highlight=False)
+        markdown("")  # what it imports is not waited for within the reply, whose speed is told
         self._clock = clock
         self._live: Live | None = None
         self._text = ""  # not printed for good yet
