@@ -17,6 +17,9 @@ from rlkit.runtime.request import Logprob, Sampling
 GROUPS = 1024  # maxima of so many groups bound the k-th largest from below
 FIRST = 64  # candidates looked at first where a share of the probability is asked for
 
+BLOCK = 512  # weights summed at a time
+TINY = np.finfo(np.float32).tiny
+
 Logits = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
@@ -33,15 +36,19 @@ class Sampler:
         self._seen = dict.fromkeys(prompt_ids) if sampling.repetition_penalty != 1 else {}  # an ordered set
         self._counts: dict[int, int] = {}
 
+    @property
+    def _keeps_all(self) -> bool:
+        return (self._sampling.top_k, self._sampling.top_p, self._sampling.min_p) == (0, 1, 0)
+
     def choose(self, logits: Logits) -> int:
         """The next token; `logits` (V,) are left as they are."""
         changed = self.changed(logits)
         if self._sampling.temperature == 0:
             return int(changed.argmax())
+        if self._keeps_all:
+            return _drawn(_weights(changed, self._sampling.temperature), self._rng.random())
         ids, weights = self._kept(changed)
-        bounds = weights.cumsum()
-        drawn = int(np.searchsorted(bounds, self._rng.random() * bounds[-1], side="right"))
-        return int(ids[min(drawn, len(ids) - 1)])
+        return int(ids[_drawn(weights, self._rng.random())])
 
     def noisy(self, logits: Logits) -> Logits:
         """Scores (V,) whose largest, among whatever tokens are allowed, is drawn as `choose` draws from those.
@@ -52,9 +59,9 @@ class Sampler:
         changed = self.changed(logits)
         if self._sampling.temperature == 0:
             return changed
-        noise = -np.log(self._rng.standard_exponential(len(changed), np.float32))
+        noise = -np.log(np.maximum(self._rng.standard_exponential(len(changed), np.float32), TINY))
         scores = changed / np.float32(self._sampling.temperature) + noise
-        if (self._sampling.top_k, self._sampling.top_p, self._sampling.min_p) != (0, 1, 0):
+        if not self._keeps_all:
             ids, _ = self._kept(changed)
             last = np.float32(np.ptp(scores[np.isfinite(scores)]) + 1)
             kept = scores[ids]
@@ -88,44 +95,56 @@ class Sampler:
         changed[self._never] = -np.inf
         return changed
 
-    def _kept(self, logits: Logits) -> tuple[Ids, NDArray[np.float64]]:
-        """The tokens left by top_k, top_p and min_p, likeliest first where any is asked for, and their weights."""
+    def _kept(self, logits: Logits) -> tuple[Ids, Logits]:
+        """The tokens left by top_k, top_p and min_p, likeliest first where one of the first two is asked for."""
         asked = self._sampling
+        if not asked.top_k and asked.top_p == 1:
+            weights = _weights(logits, asked.temperature)
+            ids = np.flatnonzero(weights >= asked.min_p)
+            return ids, weights[ids]
         if asked.top_k:
             ids = largest(logits, min(asked.top_k, len(logits)))
             weights = _weights(logits[ids], asked.temperature)
-            total = weights.sum()
-        elif asked.top_p < 1 or asked.min_p > 0:
-            ids, weights, total = self._nucleus(logits)
+            total = float(weights.sum(dtype=np.float64))
         else:
-            return np.arange(len(logits)), _weights(logits, asked.temperature)
+            ids, weights, total = self._nucleus(logits)
         if asked.top_p < 1:
-            count = int(np.searchsorted(weights.cumsum(), asked.top_p * total)) + 1
+            count = int(np.searchsorted(weights.cumsum(dtype=np.float64), asked.top_p * total)) + 1
             ids, weights = ids[:count], weights[:count]
-        count = int(np.count_nonzero(weights >= asked.min_p * weights[0]))
+        count = int(np.count_nonzero(weights >= asked.min_p))
         return ids[:count], weights[:count]
 
-    def _nucleus(self, logits: Logits) -> tuple[Ids, NDArray[np.float64], float]:
-        """Enough of the likeliest tokens for top_p and min_p, their weights, and the sum of all weights."""
+    def _nucleus(self, logits: Logits) -> tuple[Ids, Logits, float]:
+        """Enough of the likeliest tokens for top_p, their weights, and the sum of all weights."""
         asked, count = self._sampling, FIRST
-        total = float(_weights(logits, asked.temperature).sum())
+        total = float(_weights(logits, asked.temperature).sum(dtype=np.float64))
         while True:
             ids = largest(logits, min(count, len(logits)))
             weights = _weights(logits[ids], asked.temperature)
-            enough = asked.top_p < 1 and weights.sum() >= asked.top_p * total
-            if enough or weights[-1] < asked.min_p * weights[0] or len(ids) == len(logits):
+            if weights.sum(dtype=np.float64) >= asked.top_p * total or len(ids) == len(logits):
                 return ids, weights, total
-            count *= 8
+            count = count * 8 if count * 8 <= GROUPS // 2 else len(logits)
 
 
-def _weights(logits: Logits, temperature: float) -> NDArray[np.float64]:
+def _weights(logits: Logits, temperature: float) -> Logits:
     """Probabilities up to a factor: the likeliest has weight 1."""
-    scaled = (logits - logits.max()).astype(np.float64) / temperature
-    return np.asarray(np.exp(scaled), np.float64)
+    scaled = (logits - logits.max()) * np.float32(1 / max(temperature, 1e-30))  # the largest float32 is 3e38
+    return np.asarray(np.exp(scaled), np.float32)
+
+
+def _drawn(weights: Logits, share: float) -> int:
+    """The place in weights (N,) where `share`, in 0..1, of their sum is reached: by sums of blocks, then in a block."""
+    blocks = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64).cumsum()
+    target = share * blocks[-1]
+    block = min(int(np.searchsorted(blocks, target, side="right")), len(blocks) - 1)
+    before = blocks[block - 1] if block else 0.0
+    inside = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
+    place = min(int(np.searchsorted(inside, target - before, side="right")), len(inside) - 1)
+    return block * BLOCK + place
 
 
 def largest(logits: Logits, count: int) -> Ids:
-    """The ids of the `count` largest of logits (V,), the largest first; equal ones by their number."""
+    """The ids of the `count` largest of logits (V,), the largest first."""
     rows = len(logits) // GROUPS
     if rows > 1 and count <= GROUPS // 2:
         bounds = logits[: rows * GROUPS].reshape(rows, GROUPS).max(axis=0)
@@ -133,7 +152,7 @@ def largest(logits: Logits, count: int) -> Ids:
         ids = np.flatnonzero(logits >= least)
     else:
         ids = np.arange(len(logits))
-    found = ids[np.argsort(-logits[ids], kind="stable")[:count]]
+    found = ids[np.argsort(-logits[ids])[:count]]
     return np.asarray(found, np.int64)
 
 
