@@ -57,30 +57,35 @@ def _speed_panel(lines: Sequence[Line], shown: Mapping[str, int], depths: Sequen
 
 
 def bandwidth_chart(merged: Merged) -> str:
-    """GB/s of decode at the least depth of each model and recipe: a row each, a mark for each machine."""
-    labels = columns(merged)
-    rows: dict[tuple[str, str], Line] = {}
+    """GB/s of decode at the least depth of each model and recipe: a row each, a mark for each machine; "" of none."""
+    labels, shown = columns(merged), charted(merged)
+    rows: dict[tuple[str, str], tuple[Line, dict[str, Cell]]] = {}
     for each in merged.lines:
-        if each.test.kind is Kind.DECODE and any(cell.bytes_per_s for cell in each.cells.values()):
-            kept = rows.setdefault((each.model, each.recipe), each)
-            if len(each.cells) > len(kept.cells) and each.test.depth <= kept.test.depth:
-                rows[each.model, each.recipe] = each
+        cells = {label: each.cells[label] for label in shown if label in each.cells and each.cells[label].bytes_per_s}
+        key = each.model, each.recipe
+        if each.test.kind is Kind.DECODE and cells and (key not in rows or _fuller(each, cells, *rows[key])):
+            rows[key] = each, cells
     if not rows:
         return ""
     frame = Frame(1000, 50 + ROW * len(rows), left=230, top=14, bottom=36)
-    rates = [(cell.bytes_per_s or 0.0) / 1e9 for each in rows.values() for cell in each.cells.values()]
-    across = from_zero(rates, *frame.x)
+    across = from_zero(
+        [(cell.bytes_per_s or 0.0) / 1e9 for _, cells in rows.values() for cell in cells.values()], *frame.x
+    )
     parts = frame.columns(across, across.ticks(8))
-    for place, ((model, recipe), each) in enumerate(rows.items()):
+    for place, ((model, recipe), (each, cells)) in enumerate(rows.items()):
         y = frame.top + ROW * (place + 0.5)
         parts += [words(frame.left - 10, y + 4, f"{model}  {recipe}", "end", "r"), line(frame.left, y, frame.x[1], y)]
-        for series, label in enumerate(labels):
-            cell = each.cells.get(label)
-            if cell is not None and cell.bytes_per_s and label in charted(merged):
-                said = f"{label}\n{each.name}: {cell.bytes_per_s / 1e9:.1f} GB/s\n{cell_text(cell, Kind.DECODE)}"
-                parts.append(mark(across(cell.bytes_per_s / 1e9), y, series, said, 5.0))
+        for label, cell in cells.items():
+            rate = (cell.bytes_per_s or 0.0) / 1e9
+            said = f"{label}\n{each.name}: {rate:.1f} GB/s\n{cell_text(cell, Kind.DECODE)}"
+            parts.append(mark(across(rate), y, labels.index(label), said, 5.0))
     parts.append(words(sum(frame.x) / 2, frame.height - 4, "GB/s", name="a"))
     return frame.drawn(parts, "Bandwidth that decode reached, in GB/s; the table of bandwidth holds the numbers")
+
+
+def _fuller(each: Line, cells: Mapping[str, Cell], kept: Line, others: Mapping[str, Cell]) -> bool:
+    """Whether a line of the same depth or less compares more machines than the one before."""
+    return len(cells) > len(others) and each.test.depth <= kept.test.depth
 
 
 def forecast_charts(merged: Merged) -> Iterator[str]:

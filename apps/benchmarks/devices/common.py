@@ -35,6 +35,7 @@ from rlkit.recover.atomic import need_space, write_json
 from rlkit.recover.progress import Tell, silent
 
 RLKIT = "rlkit-edge"
+NO_DEVICE = "no forecast: a software driver is no device"
 
 
 class Absent(Exception):
@@ -200,7 +201,9 @@ def prepare(family: Family, asked: Asked, tools: Tools) -> Prepared:
     if kept is not None and kept.rows and kept.part.name != ready.part.name:
         why = f"holds results of {kept.part.name}, and here is {ready.part.name}"
         raise ValueError(f"{asked.output} {why}; choose another -o")
-    promises = forecaster(family.unit, host.cpu, asked.device, software=ready.part.software)
+    promises = Forecaster(None, NO_DEVICE)
+    if not ready.part.software:
+        promises = forecaster(family.unit, host.cpu, asked.device, family.target)
     run = Run(now, host, ready.part, {**own, **ready.versions}, promises.said)
     if kept is not None:
         run = replace(run, rows=kept.rows, skips=tuple(skip for skip in kept.skips if skip.model))

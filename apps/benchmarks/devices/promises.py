@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlkit.apps.benchmarks.devices.items import Item
+from rlkit.export.targets import Target
 from rlkit.profiles import device, here, places
 from rlkit.profiles.bench import Case, Kind
 from rlkit.profiles.devicerun import Promise
 from rlkit.profiles.forecast import Workload, forecast_model
+from rlkit.profiles.operators import NAMED
 from rlkit.profiles.places import Place
 
 LEAST = 4  # letters and digits of a name that is looked for within a processor's
@@ -36,13 +38,19 @@ class Forecaster:
         return Promise(seconds, self.place.name, made.label)
 
 
-def forecaster(unit: str, cpu: str, asked: str | None = None, *, software: bool = False) -> Forecaster:
+def forecaster(unit: str, cpu: str, asked: str | None = None, target: Target | None = None) -> Forecaster:
     """Forecasts for a unit (cpu, igpu, npu) of the device `asked`, by default of this machine, whose CPU's name it is.
 
-    Raises ValueError for a device that is not known.
+    A GPU may be reached through one target or another: `target` says how models are stored and joined there. Raises
+    ValueError for a device that is not known.
     """
-    if software:
-        return Forecaster(None, "no forecast: a software driver is no device")
+    made = _forecaster(unit, cpu, asked)
+    if made.place is None or target is None:
+        return made
+    return Forecaster(replace(made.place, widened=target.widened, options=NAMED[target.provider]), made.said)
+
+
+def _forecaster(unit: str, cpu: str, asked: str | None) -> Forecaster:
     if asked is not None:
         return _at(*device.find(asked if ":" in asked else f"{asked}:{unit}"))
     try:
