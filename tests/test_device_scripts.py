@@ -2,99 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import runs
 import tiny
-from rlkit.apps.benchmarks.devices import common, cpu, directml, foreign, items, npu, present, promises, webgpu
+from rlkit.apps.benchmarks.devices import common, cpu, items, npu, promises, webgpu
 from rlkit.apps.benchmarks.devices.command import launch
-from rlkit.apps.benchmarks.devices.common import Asked, Family, Tools
-from rlkit.apps.benchmarks.devices.present import Chip, System
 from rlkit.export.build import export_bundle
-from rlkit.export.targets import Target, target_named
+from rlkit.export.targets import target_named
 from rlkit.profiles import device, here, standard
 from rlkit.profiles.bundle import read_size
 from rlkit.profiles.devicerun import RANDOM, Run, read_run
 from rlkit.recover.atomic import write_json
-from rlkit.recover.progress import Tell
-
-WORDS = ("--models", "smollm2-135m", "--recipes", "w8,w4", "--contexts", "0,64", "--prompt", "8", "--generate", "2")
-GPU_JSON = '[{"Name":"AMD Radeon(TM) 890M","DriverVersion":"32.0.1"},{"Name":"Microsoft Basic Render Driver"}]'
+from worlds import WORDS, World, asked, reasons
 
 
 @pytest.fixture(autouse=True)
 def no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLKIT_CACHE", str(tmp_path / "cache"))
-
-
-class Process:
-    """A worker: each token takes 10 ms; it ends with an error at the given work, or as a key is pressed."""
-
-    threads, provider = 3, "cpu"
-
-    def __init__(self, world: World, name: str) -> None:
-        self._world, self._name = world, name
-
-    def generate(self, work: Any) -> Iterator[float]:
-        self._world.asked.append((self._name, len(work.fill), work.new_tokens))
-        stop = self._world.stop_at(self._name, len(work.fill), work.new_tokens)
-        if stop is not None:
-            raise stop
-        yield from [0.01] * work.new_tokens
-
-    def peak_nbytes(self) -> int:
-        return 300_000_000
-
-
-class World:
-    """A machine with fake processes; remembers what it was asked."""
-
-    def __init__(self, bundle: Path, **system: Any) -> None:
-        self.bundle, self.asked, self.commands, self.clock = bundle, [], [], 0
-        self.variables: list[Mapping[str, str]] = []
-        self.stop_at: Callable[[str, int, int], BaseException | None] = lambda *_work: None
-        facts: dict[str, Any] = {
-            "name": "Linux",
-            "ask": self._no_shell,
-            "vulkan": list,
-            "cpu": lambda: "Test CPU",
-            **system,
-        }
-        self.tools = Tools(
-            system=System(**facts),
-            host=lambda: runs.SERVER,
-            free_nbytes=lambda: 4 * 10**9,
-            no_builder=str,
-            bundle=self._bundle,
-            start=self._start,
-            now=self._now,
-        )
-
-    @staticmethod
-    def _no_shell(_words: Sequence[str]) -> str:
-        raise OSError("no shell here")
-
-    @contextlib.contextmanager
-    def _bundle(self, item: items.Item, _target: Target, _asked: Asked, _tell: Tell) -> Iterator[Path]:
-        yield item.bundle or self.bundle
-
-    @contextlib.contextmanager
-    def _start(self, name: str, command: list[str], variables: Mapping[str, str]) -> Iterator[Process]:
-        self.commands.append(command)
-        self.variables.append(variables)
-        yield Process(self, name)
-
-    def _now(self) -> str:
-        self.clock += 1
-        return f"2026-11-22T10:00:{self.clock:02}Z"
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +105,6 @@ def test_what_fails_is_skipped_with_its_reason_and_the_rest_goes_on(world: World
     world.stop_at = lambda *_work: None
     assert launch(cpu.FAMILY, [*WORDS, "-o", str(out)], world.tools) == 0
     assert len(measured(out)) == 6 and read_run(out).skips == ()
-
-
-def reasons(world: World, family: Family, out: Path, *words: str) -> list[tuple[str, str]]:
-    assert launch(family, [*WORDS, "-o", str(out), *words], world.tools) == 0
-    return [(skip.what, skip.reason) for skip in read_run(out).skips]
 
 
 def test_what_cannot_run_is_skipped_beforehand(world: World, tmp_path: Path) -> None:
@@ -367,186 +291,6 @@ def test_an_outdated_calibration_is_no_reason_not_to_measure(monkeypatch: pytest
 
     monkeypatch.setattr(here, "load_table", outdated)
     assert promises.forecaster("cpu", "AMD EPYC").said.endswith("calibrate again")
-
-
-# --- What is there ---------------------------------------------------------------------------------------------------
-
-
-def absent(family: Family, world: World, out: Path, *words: str) -> str:
-    """The only reason in the result."""
-    ((what, why),) = reasons(world, family, out, *words)
-    assert what == "everything" and read_run(out).rows == () and world.asked == []
-    return why
-
-
-def windows(bundle: Path, gpus: str = GPU_JSON, npus: str = "", cpu_name: str = "AMD Ryzen AI 9 HX 370") -> World:
-    def ask(words: Sequence[str]) -> str:
-        assert words[0] == "powershell"
-        return npus if "COMPUTEACCELERATOR" in words[-1] else gpus
-
-    return World(bundle, name="Windows", ask=ask, cpu=lambda: cpu_name)
-
-
-def test_without_a_device_everything_is_skipped_with_the_reason(world: World, tmp_path: Path) -> None:
-    assert absent(webgpu.FAMILY, world, tmp_path / "webgpu.json").startswith("no GPU")
-    assert absent(directml.FAMILY, world, tmp_path / "dml.json") == "DirectML is a part of Windows, and this is Linux"
-    assert absent(npu.FAMILY, world, tmp_path / "npu.json").startswith("no NPU")
-
-
-def test_software_drivers_are_no_gpus(bundle: Path, tmp_path: Path) -> None:
-    world = World(bundle, vulkan=lambda: ["llvmpipe (LLVM 15)", "SwiftShader Device (Subzero)"])
-    assert absent(webgpu.FAMILY, world, tmp_path / "webgpu.json").startswith("no GPU")
-    basic = windows(bundle, gpus='{"Name":"Microsoft Basic Display Adapter","DriverVersion":"10.0"}')
-    assert absent(directml.FAMILY, basic, tmp_path / "dml.json").startswith("no GPU")
-
-
-@pytest.mark.parametrize(
-    ("npus", "processor", "words", "why"),
-    [
-        ("", "AMD Ryzen AI 9 HX 370", (), "no NPU"),
-        ("not json", "AMD Ryzen AI 9 HX 370", (), "no NPU"),
-        ('{"Name":"NPU","DriverVersion":"32.0.203.999"}', "AMD Ryzen 7 7840U w/ Radeon", (), "first-generation XDNA"),
-        (
-            '{"Name":"NPU","DriverVersion":"32.0.203.240"}',
-            "AMD Ryzen AI 9",
-            (),
-            "32.0.203.240 is older than 32.0.203.280",
-        ),
-        ('{"Name":"NPU","DriverVersion":"32.0.204.1"}', "AMD Ryzen AI 9", (), "give its interpreter with --python"),
-        ('{"Name":"NPU"}', "AMD Ryzen AI 9", ("--python", "no/such/python"), "does not run"),
-    ],
-)
-def test_an_npu_needs_its_driver_and_its_environment(
-    npus: str, processor: str, words: tuple[str, ...], why: str, bundle: Path, tmp_path: Path
-) -> None:
-    world = windows(bundle, npus=npus, cpu_name=processor)
-    assert why in absent(npu.FAMILY, world, tmp_path / "npu.json", *words)
-
-
-def test_an_npu_on_linux_is_seen_but_not_used(bundle: Path, tmp_path: Path) -> None:
-    place = tmp_path / "sys/class/accel/accel0/device"
-    place.mkdir(parents=True)
-    (place / "uevent").write_text("DRIVER=amdxdna\nPCI_ID=1022:17F0\n")
-    world = World(bundle, root=tmp_path)
-    why = absent(npu.FAMILY, world, tmp_path / "npu.json")
-    assert why == "accelerator of amdxdna: these flows of Ryzen AI run on Windows, and this is Linux"
-
-
-@pytest.fixture
-def runtimes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What other environments say they have."""
-    facts = {"versions": {"onnxruntime-x": "1.0", "onnxruntime-genai-x": "0.14"}, "providers": ["CPUExecutionProvider"]}
-    monkeypatch.setattr(foreign.Foreign, "facts", lambda _self: facts)
-    return facts
-
-
-def test_a_gpu_by_webgpu_is_measured_in_another_environment(
-    bundle: Path, tmp_path: Path, runtimes: dict[str, Any]
-) -> None:
-    world, out = World(bundle, vulkan=lambda: ["AMD Radeon 890M (RADV)"]), tmp_path / "webgpu.json"
-    words = ("--python", sys.executable)
-    assert "has no WebGpuExecutionProvider" in absent(webgpu.FAMILY, world, out, *words)
-    runtimes["providers"].append("WebGpuExecutionProvider")
-    assert reasons(world, webgpu.FAMILY, out, *words) == []
-    found = read_run(out)
-    assert len(found.rows) == 6 and not found.part.software
-    assert found.part.name == "AMD Radeon 890M (RADV)" and found.versions["onnxruntime-x"] == "1.0"
-    assert world.commands[0][3:6] == ["onnx", "webgpu", "0"] and world.variables[0] == {}
-    assert read_run(out).rows[1].series.nbytes_per_token  # its cache is of float16
-
-
-def test_a_gpu_by_directml_is_measured_in_another_environment(
-    bundle: Path, tmp_path: Path, runtimes: dict[str, Any]
-) -> None:
-    world, out = windows(bundle), tmp_path / "dml.json"
-    runtimes["providers"].append("DmlExecutionProvider")
-    assert reasons(world, directml.FAMILY, out, "--python", sys.executable) == []
-    found = read_run(out)
-    assert (found.part.name, found.part.driver, len(found.rows)) == ("AMD Radeon(TM) 890M", "32.0.1", 6)
-    assert world.commands[0][3:6] == ["onnx", "dml", "0"]
-    made = common.prepare(directml.FAMILY, asked(out, python=Path(sys.executable)), world.tools)
-    assert made.target.widened == {2: 4} and made.target.provider == "dml"
-
-
-def asked(out: Path, **about: Any) -> Asked:
-    return Asked(out, ("smollm2-135m",), ("w4",), standard.tests_of((0,), 8, 2), 3, **about)
-
-
-def test_an_npu_asks_for_finished_folders(bundle: Path, tmp_path: Path, runtimes: dict[str, Any]) -> None:
-    world, out = (
-        windows(bundle, npus='{"Name":"NPU Compute Accelerator","DriverVersion":"32.0.203.300"}'),
-        tmp_path / "n.json",
-    )
-    skips = reasons(world, npu.FAMILY, out, "--python", sys.executable)
-    assert [what for what, _why in skips] == ["smollm2-135m, w8", "smollm2-135m, w4"]
-    assert "no kernel for 8 bits" in skips[0][1] and "model_generate has to finish each" in skips[1][1]
-    assert runtimes["versions"] and read_run(out).part.driver == "32.0.203.300"
-    command = npu.FAMILY.find(world.tools.system, asked(out, python=Path("py"))).command(bundle, None)
-    assert command[3:6] == ["genai", "RyzenAI", "0"] and command[-1] == str(bundle.absolute())
-
-
-def test_a_software_driver_is_labelled(
-    bundle: Path, tmp_path: Path, runtimes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    runtimes["providers"].append("WebGpuExecutionProvider")
-    monkeypatch.setattr(webgpu.webgpu_parity, "vulkan", lambda _driver: {"VK_ICD_FILENAMES": "x.json"})
-    world, out = World(bundle), tmp_path / "soft.json"
-    assert launch(webgpu.FAMILY, ["--software", "--python", "py", "-o", str(out)], world.tools) == 0
-    found = read_run(out)
-    assert found.part.software and "say nothing of any GPU" in found.part.notes[1]
-    assert found.rows[0].series.test.name == "pp16" and world.variables[0] == {"VK_ICD_FILENAMES": "x.json"}
-    assert all(row.forecast is None for row in found.rows) and "computes on the CPU" in capsys.readouterr().out
-    made = common.prepare(webgpu.FAMILY, asked(out, python=Path("py"), software=True), world.tools)
-    assert made.target.dtype == "float32" and made.family.target.dtype == "float16"
-
-
-def test_without_a_software_driver_the_reason_is_said(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(webgpu.webgpu_parity, "SOFTWARE_DRIVERS", (tmp_path / "absent.json",))
-    assert "no Vulkan driver at" in absent(webgpu.FAMILY, world, tmp_path / "x.json", "--software")
-
-
-def test_an_environment_is_made_once_and_not_by_a_dry_run(
-    bundle: Path, tmp_path: Path, runtimes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[tuple[str, str]] = []
-
-    def environment(folder: Path, runtime: str) -> Path:
-        made.append((folder.name, runtime))
-        return folder / "bin/python"
-
-    monkeypatch.setattr(foreign.webgpu_parity, "environment", environment)
-    runtimes["providers"].append("DmlExecutionProvider")
-    world = windows(bundle)
-    assert launch(directml.FAMILY, [*WORDS, "-o", str(tmp_path / "dml.json"), "--dry-run"], world.tools) == 0
-    assert made == []
-    assert launch(directml.FAMILY, [*WORDS, "-o", str(tmp_path / "dml.json")], world.tools) == 0
-    assert made == [("dml-env", "onnxruntime-directml==1.24.4")]
-
-    def offline(_folder: Path, runtime: str) -> Path:
-        raise foreign.webgpu_parity.Unavailable(f"no environment with {runtime}: no network")
-
-    monkeypatch.setattr(foreign.webgpu_parity, "environment", offline)
-    why = absent(directml.FAMILY, windows(bundle), tmp_path / "off.json")
-    assert "no network; give an interpreter that has it with --python" in why
-
-
-def test_drivers_are_compared_by_their_numbers() -> None:
-    assert present.older("32.0.203.240", "32.0.203.280") and present.older("31.9", "32.0.203.280")
-    assert not present.older("32.0.1000.1", "32.0.203.280") and not present.older("", "32")
-    assert Chip("Microsoft Remote Display Adapter").software and not Chip("AMD Radeon(TM) 890M").software
-
-
-def test_commands_that_fail_are_errors_of_the_system() -> None:
-    assert present.ask([sys.executable, "-c", "print('é')"]).strip() == "é"
-    with pytest.raises(OSError, match="failed"):
-        present.ask([sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(OSError):
-        present.ask(["no-such-command-anywhere"])
-
-
-# --- For real --------------------------------------------------------------------------------------------------------
 
 
 def test_random_weights_are_made_measured_and_removed(
