@@ -25,5 +25,6 @@ def grammar_text(guidance: Guidance) -> str:
 
 def refused(guidance: Guidance, error: Exception) -> ValueError:
     """What to say of a grammar that the runtime does not take."""
-    why = " ".join(str(error).removeprefix("Error creating grammar: ").split())[:300]
+    said = str(error).removeprefix("Error creating grammar: ").split("<state>")[0]  # what follows is for its authors
+    why = " ".join(said.split())[:300]
     return ValueError(f"the {guidance.kind.value} cannot be followed: {why}; correct it")

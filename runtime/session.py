@@ -182,7 +182,7 @@ class Session:
         means = generation.Means(
             self._begin, self._tokenizer.create_stream, self._scores, self.context_length, self.stop_ids
         )
-        return self._explained(request.adapter, generation.stream(request, means, chunk_tokens))
+        return self._explained(request, generation.stream(request, means, chunk_tokens))
 
     def generate(  # noqa: PLR0913, the options of one generation
         self,
@@ -264,14 +264,16 @@ class Session:
         generator = self._adapted(request.adapter, room, request.guidance)
         return flows.Steered(generator, whole=self.device not in APPENDING)
 
-    def _explained(self, adapter: str | None, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
-        """The same; what the runtime says of an adapter that does not fit is put into words."""
+    def _explained(self, request: Request, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+        """The same; what the runtime says of an adapter that does not fit, or of a grammar, is put into words."""
         try:
             yield from events
         except RuntimeError as error:
-            if adapter is None:
+            if request.guidance is not None and "mask" in str(error):
+                raise refused(request.guidance, error) from error
+            if request.adapter is None:
                 raise
-            raise unfit(adapter, self.folder, error) from error
+            raise unfit(request.adapter, self.folder, error) from error
 
     def _appends(self) -> bool:
         """Whether tokens may be appended one by one, and taken back: caches of keys and values on some devices only."""
