@@ -5,14 +5,15 @@ import { isNumber } from "./dom.js";
 export function facts(found) {
   const bundle = found.bundle ?? {};
   const tensors = bundle.plan?.tensors ?? [];
+  const parameters = found.parameters ?? bundle.source?.parameters;
   const nbytes = bundle.nbytes ?? bundle.plan?.nbytes;
   return {
     name: found.model,
     rows: {
       recipe: bundle.recipe?.name,
-      parameters: bundle.source?.parameters,
+      parameters,
       nbytes: found.nbytes ?? nbytes,
-      bits: bitsPerWeight(tensors, bundle.source?.parameters),
+      bits: found.bits_per_weight ?? bitsPerWeight(tensors, parameters),
       context: found.context_length,
       target: bundle.target,
       source: named(bundle.source),

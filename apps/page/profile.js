@@ -171,7 +171,7 @@ function comparison(last, forecast) {
   return el("dl", { class: "tiles", "aria-label": "The newest reply" }, [
     cell("tokens/s", last.tokens_per_s, rate, nearest?.tokens_per_s),
     cell("per token", last.tokens_per_s > 0 ? 1 / last.tokens_per_s : null, seconds, nearest?.tpot_seconds),
-    cell("first token", last.first_token_seconds, seconds, nearest?.ttft_seconds),
+    cell("first token", last.first_token_seconds, seconds, last.reused_tokens ? null : nearest?.ttft_seconds), // of whole prompts
     tile("prompt", `${count(last.prompt_tokens)} tokens`, read),
   ]);
 }
