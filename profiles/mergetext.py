@@ -18,6 +18,7 @@ NOTE = (
 PAIR = ("w4", "w4w2-gateup")
 
 
+SCATTER = 0.1  # a standard deviation above this share of the mean is not the model's
 FEW = 2  # machines that a terminal has room for by name
 
 
@@ -143,7 +144,7 @@ def skips(merged: Merged) -> Table:
 
 def findings(merged: Merged) -> tuple[str, ...]:
     """What the numbers say."""
-    return (*_fastest(merged), *_gains(merged), *_forecasts(merged))
+    return (*_fastest(merged), *_gains(merged), *_forecasts(merged), *_scattered(merged))
 
 
 def _fastest(merged: Merged) -> Iterator[str]:
@@ -208,6 +209,16 @@ def _forecasts(merged: Merged) -> Iterator[str]:
             said.append(f"{machine.label} {off} ({_tests(len(errors))}, {labels})")
     if said:
         yield f"Forecasts were off by, median and worst: {'; '.join(said)}."
+
+
+def _scattered(merged: Merged) -> Iterator[str]:
+    """Machines that were not quiet while they were measured."""
+    for machine in merged.machines:
+        rates = [cell.tokens_per_s for cell in cells_of(merged, machine.label)]
+        busy = sum(rate.std is not None and rate.std > SCATTER * rate.mean for rate in rates)
+        if busy:
+            said = f"the rounds of {busy} of {_tests(len(rates))} scatter by more than {100 * SCATTER:.0f} %"
+            yield f"{machine.label}: {said}; something else was running, measure again on a quiet machine."
 
 
 def to_csv(merged: Merged) -> str:

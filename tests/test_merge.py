@@ -244,6 +244,11 @@ def test_findings_are_made_of_the_numbers() -> None:
     assert mergetext.findings(merged(runs.run(runs.row()))) == ()
 
 
+def test_a_busy_machine_is_named() -> None:
+    (said,) = mergetext.findings(merged(runs.run(runs.row(scatter=0.3), runs.row(runs.DEEP))))
+    assert said.startswith(f"{LABELS[0]}: the rounds of 1 of 2 tests scatter by more than 10 %")
+
+
 def test_csv_has_a_line_for_every_result() -> None:
     rows = list(csv.DictReader(io.StringIO(mergetext.to_csv(laptop()))))
     assert len(rows) == 8
