@@ -290,7 +290,7 @@ def test_fuzz_fields(session: Scripted, kind: Any, fields: dict[str, Any], sound
     """Whatever the fields hold, a request is refused in words or becomes one that the runtime takes."""
     found = {"messages": ASK, "prompt": "x", **fields} if sound else fields
     planner: Any = chat.plan if kind is ChatBody else completions.plan
-    target = Target("m", Served("m", session.folder, session, None, 256), None)  # type: ignore[arg-type]
+    target = Target("m", Served("m", session.folder, session, None, 256), None)
     try:
         body = bodies.parse_object(json.dumps(found).encode(), 20)
         plan = planner(parse(kind, body), target, Settings())

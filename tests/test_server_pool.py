@@ -18,6 +18,7 @@ import pytest
 import served
 import tiny
 from rlkit.apps import cli, serve
+from rlkit.apps.server import page
 from rlkit.apps.server.pool import Pool
 from rlkit.apps.server.refusals import Refusal
 from rlkit.apps.server.settings import Settings
@@ -75,7 +76,12 @@ def test_one_bundle_is_opened_once_for_many(tmp_path: Path) -> None:
     session = Scripted(served.folder_of(tmp_path, "a"))
     opened: list[Path] = []
     inner = served.pool_of(session)
-    pool = Pool({"a": session.folder}, lambda folder: (opened.append(folder), inner._open(folder))[1])  # type: ignore[func-returns-value]
+
+    def open_one(folder: Path) -> Any:
+        opened.append(folder)
+        return inner._open(folder)
+
+    pool = Pool({"a": session.folder}, open_one)
     threads = [threading.Thread(target=use, args=(pool, "a")) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -213,12 +219,19 @@ def test_bundles_that_cannot_be_served(bundle: Path, tmp_path: Path, capsys: pyt
         assert "Traceback" not in said
 
 
-def test_a_server_without_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Scripted(served.folder_of(tmp_path, "m"))
-    monkeypatch.setattr("rlkit.apps.server.page.FOLDER", "no such folder")
-    with served.serving(served.pool_of(session)) as address:
-        assert httpx.get(f"{address}/").json()["error"]["code"] == "not_found"
-        assert httpx.get(f"{address}/health").status_code == 200
+def test_a_page_that_is_not_installed() -> None:
+    with pytest.raises(Refusal, match=r"the page has no file 'index\.html'") as caught:
+        page.answer({}, page.INDEX)
+    assert caught.value.status == 404
+
+
+def test_the_server_needs_no_torch() -> None:
+    program = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+import rlkit.apps.serve, rlkit.apps.server.app
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_memory_by_default_is_a_share_of_what_there_is() -> None:

@@ -101,6 +101,17 @@ def test_thoughts_are_counted(client: openai.OpenAI, session: Scripted) -> None:
     assert usage.completion_tokens_details.reasoning_tokens == 3
 
 
+def test_a_thought_that_the_prompt_has_opened(tmp_path: Path) -> None:
+    session = Scripted(served.folder_of(tmp_path, "m"), script=lambda prompt: ["so", "</think>", "yes"])
+    apply = session.apply_template
+    session.apply_template = lambda messages, tools=None: apply(messages, tools) + "<think>\n"  # type: ignore[method-assign]
+    with served.serving(served.pool_of(session)) as address, served.client_of(address) as client:
+        found = chat(client, True)
+        assert (found["text"], found["thought"]) == ("yes", "so")
+        session.script = lambda prompt: ["{}"]
+        assert chat(client, False, response_format={"type": "json_object"})["text"] == "{}"
+
+
 def test_without_tools_nothing_is_a_call(client: openai.OpenAI, session: Scripted) -> None:
     reply = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
     session.script = lambda prompt: [reply]

@@ -49,9 +49,8 @@ def plan(body: ChatBody, target: Target, settings: Settings) -> Plan:
 
 
 def _reader(index: int, choice: tools.Choice, request: Request, opened: bool) -> Reader:
-    guided = request.guidance is not None
-    # A reply that follows a grammar has no room for thoughts, unless the prompt has opened one.
-    thoughts = Thoughts(thinking=opened) if opened or not guided else None
+    # A reply that follows a grammar has no room for thoughts: it could not even close one that the prompt has opened.
+    thoughts = Thoughts(thinking=opened) if request.guidance is None else None
     return Reader(index, thoughts, choice.calls(), choice.ends_with)
 
 
