@@ -34,10 +34,14 @@ RATIOS = np.geomspace(1.0, 0.2, 33, dtype=np.float32)  # of the scale that clips
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A kind of quantized cache: its name and the width of its codes, two of which share a byte at 4 bits."""
+    """A kind of quantized cache: its name and the width of its codes, two of which share a byte at 4 bits.
+
+    `room` widens every range that was found on a sample, for tokens that it does not show, where steps are fine enough.
+    """
 
     name: str
     bits: int
+    room: float = 1.0
 
     @property
     def lowest(self) -> int:
@@ -54,7 +58,7 @@ class Scheme:
         return -(-head_size * self.bits // 8)
 
 
-SCHEMES = {scheme.name: scheme for scheme in (Scheme("int8", 8), Scheme("int4", 4))}
+SCHEMES = {scheme.name: scheme for scheme in (Scheme("int8", 8, room=1.15), Scheme("int4", 4))}
 
 
 def scheme_named(name: str) -> Scheme:
@@ -240,7 +244,7 @@ def calibrate(attention: Attention, sample: Sample, scheme: Scheme, choices: Cho
     if attention.rotation is not None:
         keys = np.concatenate([keys, deeper(keys, attention.rotation, choices.seed, choices.context)])
     keys, values = (part.reshape(len(part), attention.channels) for part in (keys, values))
-    key_scales = scales_of(keys, scheme, choices.ranges, choices.keys)
-    value_scales = scales_of(values, scheme, choices.ranges, choices.values)
+    key_scales = scales_of(keys, scheme, choices.ranges, choices.keys) * np.float32(scheme.room)
+    value_scales = scales_of(values, scheme, choices.ranges, choices.values) * np.float32(scheme.room)
     errors = relative_error(keys, key_scales, scheme), relative_error(values, value_scales, scheme)
     return LayerScales(key_scales, value_scales, *errors)
