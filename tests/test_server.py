@@ -347,6 +347,8 @@ def test_the_profile_of_a_bundle(client: openai.OpenAI, address: str, bundle: Pa
     assert found["context_length"] == CONTEXT
     assert found["nbytes"] == sum(file.stat().st_size for file in bundle.glob("model.onnx*"))
     assert found["bundle"]["schema_version"] == 1 and "tensors" not in found["bundle"]
+    assert str(bundle.parent) not in json.dumps(found)  # where things lie on this machine is nobody's business
+    assert found["parameters"] > 0 and found["bits_per_weight"] > 0
     assert found["measured"]["replies"] >= 1 and found["measured"]["ttft_seconds"] > 0
     assert (found["forecast"] is None) == isinstance(found["forecast_missing"], str)
     assert httpx.get(f"{address}/rlkit/profile/other").status_code == 404
@@ -355,7 +357,8 @@ def test_the_profile_of_a_bundle(client: openai.OpenAI, address: str, bundle: Pa
 def test_the_page_is_served_and_loads_nothing_from_elsewhere(address: str) -> None:
     page = httpx.get(f"{address}/")
     assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
-    assert "default-src 'self'" in page.headers["content-security-policy"]
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
     names = re.findall(r'(?:src|href)="(page/[\w.]+)"', page.text)
     assert names
     for name in names:

@@ -13,6 +13,7 @@ from rlkit.recover.source import read_json
 SCHEMA_VERSION = 1
 LEFT_OUT = ("tensors", "sha256", "provenance")  # long, and of no use for a page
 FORECAST_PROMPT, FORECAST_NEW = 512, 128
+POINT = ("context", "ttft_seconds", "tpot_seconds", "tokens_per_s")
 
 
 def models(pool: Pool) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def model(pool: Pool, name: str) -> dict[str, Any]:
     bundle, adapter = pool.resolve(name)
     created = int(pool.folder(bundle).stat().st_mtime)
     about = {"id": name, "object": "model", "created": created, "owned_by": "rlkit"}
+    about["context_length"] = _context_length(pool.folder(bundle))
     return about if adapter is None else {**about, "root": bundle, "parent": bundle}
 
 
@@ -51,8 +53,7 @@ def profile(pool: Pool, metrics: Metrics, name: str) -> dict[str, Any]:
     bundle, adapter = pool.resolve(name)
     folder = pool.folder(bundle)
     manifest = read_json(folder / "rlkit.json") if (folder / "rlkit.json").is_file() else {}
-    stated = {key: value for key, value in manifest.items() if key not in LEFT_OUT}
-    config = read_json(folder / "genai_config.json")
+    stated = _without_paths({key: value for key, value in manifest.items() if key not in LEFT_OUT})
     made, missing = None, None
     try:
         made = forecast(folder)
@@ -63,8 +64,9 @@ def profile(pool: Pool, metrics: Metrics, name: str) -> dict[str, Any]:
         "model": name,
         "adapter": adapter,
         "bundle": stated,
-        "context_length": config["model"].get("context_length"),
+        "context_length": _context_length(folder),
         "nbytes": size_of(folder),
+        **_size(manifest),
         "adapters": list(pool.adapters(bundle)),
         "forecast": made,
         "forecast_missing": missing,
@@ -72,12 +74,40 @@ def profile(pool: Pool, metrics: Metrics, name: str) -> dict[str, Any]:
     }
 
 
+def _without_paths(stated: dict[str, Any]) -> dict[str, Any]:
+    """What a bundle was made of by name alone: where that lies on this machine is nobody's business."""
+    source = stated.get("source")
+    if not isinstance(source, dict) or not isinstance(source.get("reference"), str):
+        return stated
+    reference = source["reference"]
+    name = Path(reference).name if Path(reference).is_absolute() else reference
+    return {**stated, "source": {**source, "reference": name}}
+
+
+def _size(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Parameters and stored bits per weight, where the manifest has them."""
+    from rlkit.profiles import bundle
+
+    try:
+        size = bundle.size_of(manifest)
+    except ValueError:
+        return {}
+    return {"parameters": size.shape.parameters, "bits_per_weight": size.bits_per_weight}
+
+
+def _context_length(folder: Path) -> int | None:
+    found = read_json(folder / "genai_config.json")["model"].get("context_length")
+    return found if isinstance(found, int) else None
+
+
 def forecast(folder: Path) -> dict[str, Any]:
     """The forecast of this machine for a bundle, from its calibration: nothing is measured here.
 
+    `points` are the same over contexts, as powers of two.
+
     ValueError where the machine was never calibrated, or for a model that no forecast is made of.
     """
-    from rlkit.profiles import here, places
+    from rlkit.profiles import here, places, sweeps
     from rlkit.profiles.account import Model
     from rlkit.profiles.architecture import read_architecture
     from rlkit.profiles.device import HERE, find, load
@@ -92,4 +122,7 @@ def forecast(folder: Path) -> dict[str, Any]:
     own = folder / "recipe.toml"
     stored = recipe.load(own) if own.is_file() else None
     model = Model(read_architecture(str(folder)), stored, place)
-    return forecast_model(model, Workload(FORECAST_PROMPT, FORECAST_NEW)).to_json()
+    work = Workload(FORECAST_PROMPT, FORECAST_NEW)
+    found = sweeps.sweep({"": sweeps.Prepared(model)}, work, contexts=sweeps.contexts_of(model, FORECAST_NEW))
+    points = [{name: getattr(point, name) for name in POINT} for point in found.points if not point.refused]
+    return {**forecast_model(model, work).to_json(), "points": points}

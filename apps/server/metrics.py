@@ -80,6 +80,7 @@ class Metrics:
             "tokens_per_s": _median(timing.tokens_per_s for timing in newest),
             "prompt_tokens": _median(float(timing.prompt_tokens) for timing in newest),
             "last": newest[-1].to_json(),
+            "newest": [timing.to_json() for timing in newest],
         }
 
     def render(self, engines: Mapping[str, Mapping[str, Any]], nbytes: Mapping[str, int]) -> str:
