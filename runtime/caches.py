@@ -17,7 +17,7 @@ from rlkit.runtime import genai
 
 KEPT_COUNT = 4
 KEPT_NBYTES = 2**30
-LEAST_ROOM = 256
+LEAST_ROOM, LEAST_NBYTES = 2048, 2**28  # a conversation grows to so many tokens, or bytes, before it moves
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +61,8 @@ class Caches:
         """
         cache = self._found(ids, adapter, room)
         if cache is None:
-            grown = min(self._limit, max(LEAST_ROOM, 1 << (room - 1).bit_length()))
+            least = min(LEAST_ROOM, LEAST_NBYTES // max(self._token_nbytes, 1))
+            grown = min(self._limit, max(least, 1 << (room - 1).bit_length()))
             self._trim(self._most - 1, self._most_nbytes - grown * self._token_nbytes)  # before there is one more
             cache = self._make(adapter, grown)
         self._lent_room += cache.room

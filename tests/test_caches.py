@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from rlkit.runtime.caches import LEAST_ROOM, Cache, Caches
+from rlkit.runtime.caches import LEAST_NBYTES, LEAST_ROOM, Cache, Caches
 
 A, B = list(range(100, 140)), list(range(200, 240))
 
@@ -28,7 +28,7 @@ def caches(count: int = 4, nbytes: int = 10**9, *, rewinds: bool = True) -> Cach
     def make(adapter: str | None, room: int) -> Cache:
         return Cache(cast(Any, Recorded(rewinds=rewinds)), adapter, room)
 
-    return Caches(make, 10, 2000, count, nbytes)
+    return Caches(make, 10, 20_000, count, nbytes)
 
 
 def used(kept: Caches, ids: list[int], *, adapter: str | None = None, room: int = 50) -> Cache:
@@ -109,8 +109,17 @@ def test_adapters_are_kept_apart() -> None:
 def test_room_is_for_growing_and_a_cache_without_it_is_not_taken() -> None:
     kept = caches()
     assert used(kept, A).room == LEAST_ROOM
-    assert kept.take([*A, 1], None, 300).room == 512
-    assert kept.take([1], None, 1999).room == 2000
+    assert kept.take([*A, 1], None, LEAST_ROOM + 1).room == 2 * LEAST_ROOM
+    assert kept.take([1], None, 19_999).room == 20_000
+
+
+def test_where_a_token_takes_much_less_room_is_made_at_first() -> None:
+    def make(adapter: str | None, room: int) -> Cache:
+        return Cache(cast(Any, Recorded(rewinds=True)), adapter, room)
+
+    large = Caches(make, LEAST_NBYTES // 1000, 20_000)
+    assert large.take(A, None, 50).room == 1000
+    assert large.take(A, None, 1001).room == 1024
 
 
 def test_a_cache_in_use_is_nobody_elses() -> None:
@@ -139,7 +148,7 @@ def test_bytes_are_bounded_and_counted() -> None:
     for ids in (A, B, list(range(300, 340))):
         used(kept, ids)
     assert kept.nbytes == 2 * 10 * LEAST_ROOM
-    used(kept, list(range(400, 440)), room=1000)  # 1024, more than is allowed: nothing is kept of it
+    used(kept, list(range(400, 440)), room=2 * LEAST_ROOM + 1)  # more than is allowed: nothing is kept of it
     assert kept.nbytes == 0
     kept.clear()
 
