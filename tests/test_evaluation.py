@@ -1,0 +1,278 @@
+"""The evaluation loop with models made in a test: verdicts, kept items, interruptions, contexts that are too short."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import benchmarks
+from benchmarks import Answer, Speaker
+from rlkit.profiles.evaluation import NO_START, TOO_LONG, Store, Subject, Tokens, evaluate, sized, together
+from rlkit.profiles.taskitem import Item, Rule
+from rlkit.profiles.taskscore import EMPTY, NO_GOLD
+from rlkit.recover.progress import Progress
+
+SUMS = [Item(str(n), f"{n} + {n} =", tuple(f" {n + n + more}" for more in range(4)), 0, "Answer:") for n in range(100)]
+
+
+def knowing(known: Callable[[int], bool]) -> Callable[[str, str], float]:
+    """Right about some sums, elsewhere for the last choice."""
+
+    def says(context: str, choice: str) -> float:
+        if not context[:1].isdigit():
+            return -3.0
+        number = int(context.split()[0])
+        right = number + number == int(choice)
+        if known(number):
+            return -0.5 if right else -2.0
+        return -0.6 if int(choice) == number + number + 3 else -2.0
+
+    return says
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "eval")
+
+
+def test_verdicts_of_a_model(store: Store) -> None:
+    speaker = Speaker(knowing(lambda number: number < 60))
+    (result,) = evaluate([benchmarks.task(SUMS)], speaker.subject(), store)
+    assert result.scores == (1.0,) * 60 + (0.0,) * 40
+    assert result.interval().value == 0.6
+    assert (result.total, result.reused, result.cut, result.ties, result.left_out) == (100, 0, 0, 0, {})
+    assert result.chance == 0.25
+    assert speaker.asked[:1] != [] and len(speaker.asked) == 400
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["spec"]["rule"] == "raw"
+
+
+def test_pairs_of_an_item_come_together_and_the_longest_items_first(store: Store) -> None:
+    speaker = Speaker(knowing(lambda _number: True))
+    evaluate([benchmarks.task([SUMS[3], SUMS[77]])], speaker.subject(), store)
+    assert [context for context, _ in speaker.asked] == ["77 + 77 ="] * 4 + ["3 + 3 ="] * 4
+
+
+def test_a_second_run_opens_nothing(store: Store) -> None:
+    task = benchmarks.task(SUMS)
+    first = evaluate([task], Speaker(knowing(lambda _n: True)).subject(), store)[0]
+    again = Speaker(lambda _context, _choice: 0.0)
+    second = evaluate([task], again.subject(), store)[0]
+    assert again.opened == 0 and again.asked == []
+    assert second.scores == first.scores and second.reused == 100
+
+
+def test_another_identity_and_other_data_are_computed_anew(store: Store) -> None:
+    task = benchmarks.task(SUMS)
+    evaluate([task], Speaker(knowing(lambda _n: True)).subject(), store)
+    other = Speaker(knowing(lambda _n: False))
+    assert evaluate([task], other.subject(identity="other weights"), store)[0].interval().value == 0.0
+    changed = Speaker(knowing(lambda _n: True))
+    evaluate([replace(task, sha256="f" * 64)], changed.subject(), store)
+    assert len(other.asked) == len(changed.asked) == 400
+
+
+def test_an_interrupted_run_goes_on(store: Store) -> None:
+    task, says = benchmarks.task(SUMS), knowing(lambda number: number % 3 == 0)
+    stopped = Speaker(says, stop_after=200)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([task], stopped.subject(), store)
+    done = len(stopped.asked) // 4
+    assert 0 < done < 100
+    rest = Speaker(says)
+    (result,) = evaluate([task], rest.subject(), store)
+    assert (result.reused, len(rest.asked)) == (done, 4 * (100 - done))
+    assert result.scores == evaluate([task], Speaker(says).subject(identity="at once"), store)[0].scores
+
+
+def test_a_torn_line_is_scored_again_and_hurts_no_other(store: Store) -> None:
+    task, speaker = benchmarks.task(SUMS[:10]), Speaker(knowing(lambda _n: True))
+    subject = speaker.subject()
+    evaluate([task], subject, store)
+    path = store.path(subject, task)
+    path.write_bytes(path.read_bytes()[:-20])
+    for wanted in (9, 10):
+        (result,) = evaluate([task], subject, store)
+        assert result.reused == wanted and result.scores == (1.0,) * 10
+    assert len(speaker.asked) == 44
+
+
+@pytest.mark.parametrize("line", ["[]", '{"id": "3"}', "null", '{"id": "3", "logprobs": 3, "cut": 0}', "\x00\xff"])
+def test_lines_that_are_no_figures_are_ignored(store: Store, line: str) -> None:
+    task, speaker = benchmarks.task(SUMS[:5]), Speaker(knowing(lambda _n: True))
+    path = store.path(speaker.subject(), task)
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    (result,) = evaluate([task], speaker.subject(), store)
+    assert result.reused == 0 and result.scores == (1.0,) * 5
+
+
+def test_a_larger_sample_computes_only_what_is_new(store: Store) -> None:
+    task, speaker = benchmarks.task(SUMS), Speaker(knowing(lambda _n: True))
+    evaluate([task.sample(20)], speaker.subject(), store)
+    (result,) = evaluate([task.sample(50)], speaker.subject(), store)
+    assert (result.reused, len(result.ids), result.total, len(speaker.asked)) == (20, 50, 100, 200)
+
+
+def test_choices_without_their_question_are_asked_where_the_rule_needs_them(store: Store) -> None:
+    speaker = Speaker(lambda context, choice: -1.0 - int(choice) % 10 - (5.0 if context == "Answer:" else 0.0))
+    raw, plain = benchmarks.task(SUMS[:10]), benchmarks.task(SUMS[:10], rule=Rule.UNCONDITIONAL)
+    evaluate([raw], speaker.subject(), store)
+    assert len(speaker.asked) == 40
+    (result,) = evaluate([plain], speaker.subject(), store)
+    assert len(speaker.asked) == 120 and result.reused == 0
+    assert result.ties == 10  # every choice gains the same 5
+    assert evaluate([raw], speaker.subject(), store)[0].reused == 10
+
+
+def test_an_item_without_such_a_context_is_left_out(store: Store) -> None:
+    task = benchmarks.task([replace(SUMS[1], unconditional=None), SUMS[2]], rule=Rule.UNCONDITIONAL)
+    (result,) = evaluate([task], Speaker(lambda _context, choice: -float(choice)).subject(), store)
+    assert result.scores[0] is None and sum(result.left_out.values()) == 1
+    assert "which the rule needs" in next(iter(result.left_out))
+
+
+def test_items_that_cannot_be_scored_are_counted_with_their_reason(store: Store) -> None:
+    items = [
+        Item("fine", "Q?", (" a", " b"), 1),
+        Item("no gold", "Q?", (" a", " b"), None),
+        Item("empty", "Q?", ("", " b"), 1),
+        Item("blank", "Q?", (" ", " b"), 1),
+        Item("long", "Q?", (" a", " " + "b" * 80), 1),
+    ]
+    speaker = Speaker(lambda _context, choice: -1.0 if "b" in choice else -2.0)
+    (result,) = evaluate([benchmarks.task(items)], speaker.subject(limit=50), store)
+    assert result.scores == (1.0, None, None, None, None)
+    assert result.left_out == {NO_GOLD: 1, EMPTY: 2, TOO_LONG: 1}
+    assert result.interval().value == 1.0  # of those that count, never a silent zero
+
+
+def test_nothing_left_is_no_zero(store: Store) -> None:
+    (result,) = evaluate([benchmarks.task([Item("0", "Q?", ("", " b"), 1)])], Speaker(lambda *_: -1.0).subject(), store)
+    assert result.interval().value is None and "left out" in result.interval().why
+
+
+def test_a_context_that_does_not_fit_loses_its_beginning(store: Store) -> None:
+    items = [Item("0", "x" * 30 + " so", (" it is", " no"), 0), Item("1", "so", (" it is", " no"), 0)]
+    speaker = Speaker(lambda _context, choice: -float(len(choice)))
+    (result,) = evaluate([benchmarks.task(items)], speaker.subject(limit=20), store)
+    assert result.cut == 1
+    first = dict(reversed(pair) for pair in speaker.asked[:2])
+    assert first == {" it is": "x" * 12 + " so", " no": "x" * 15 + " so"}  # the last token needs no room
+    assert evaluate([benchmarks.task(items)], Speaker(lambda *_: 0.0).subject(limit=20), store)[0].cut == 1
+
+
+@pytest.mark.parametrize(("start", "scores"), [(1, (1.0,)), (None, (None,))])
+def test_an_empty_context_needs_a_token_to_begin_with(store: Store, start: int | None, scores: Any) -> None:
+    speaker = Speaker(lambda _context, choice: -1.0 if choice == "b" else -2.0)
+    (result,) = evaluate([benchmarks.task([Item("0", "", ("a", "b"), 1)])], speaker.subject(start=start), store)
+    assert result.scores == scores
+    assert result.left_out == ({} if start else {NO_START: 1})
+    assert [context for context, _ in speaker.asked] == (["\x01", "\x01"] if start else [])
+
+
+def test_blanks_at_a_contexts_end_go_to_what_follows() -> None:
+    tokens = Tokens(lambda text: [ord(char) for char in text], 100, 1)
+    context, following = tokens.pair("so he \n", "said")
+    assert ("".join(map(chr, context)), "".join(map(chr, following))) == ("so he", " \nsaid")
+
+
+def test_ids_are_cut_where_the_context_ends() -> None:
+    """A tokenizer that joins a letter with the one after it, and adds a first token."""
+    ids = {"": 0, "ab": 1, "a": 2, "b": 3, "c": 4, "bc": 5}
+
+    def encode(text: str) -> list[int]:
+        found, at = [9], 0
+        while at < len(text):
+            size = 2 if text[at : at + 2] in ids else 1
+            found.append(ids[text[at : at + size]])
+            at += size
+        return found
+
+    tokens = Tokens(encode, 100, 9)
+    assert tokens.pair("c", "ab") == ([9, 4], [1])
+    assert tokens.pair("", "ab") == ([9], [1])  # what the tokenizer adds is not asked
+    assert tokens.pair("a", "b") == ([9, 2], [9, 3])  # it melted into the context's last token: by itself
+
+
+def test_a_context_of_one_token_predicts_nothing() -> None:
+    with pytest.raises(ValueError, match="predicts nothing"):
+        Tokens(lambda _text: [], 1)
+
+
+def test_bits_per_byte_count_with_their_sign_turned(store: Store) -> None:
+    task = benchmarks.task([Item("0", "Q", (" abcd",), 0), Item("1", "R", (" ab",), 0)], rule=Rule.BITS)
+    (result,) = evaluate([task], Speaker(lambda *_: -4 * float(np.log(2))).subject(), store)
+    assert result.bits_per_byte == pytest.approx((1.0, 2.0))
+    assert result.scores == pytest.approx((-1.0, -2.0))
+    assert result.chance is None
+
+
+def test_progress_ends_at_its_total_and_says_how_many_items(store: Store) -> None:
+    events: list[Progress] = []
+    evaluate([benchmarks.task(SUMS)], Speaker(knowing(lambda _n: True)).subject(), store, events.append)
+    assert [event.note for event in events] == [*(f"{n}/100 items" for n in (0, 32, 64, 96)), "100 items"]
+    assert all(one.done <= other.done for one, other in pairwise(events))
+    assert events[-1].done == events[-1].total and {event.stage for event in events} == {"speaker: made"}
+
+
+def test_a_scorer_that_answers_too_little_is_refused(store: Store) -> None:
+    class Short:
+        def score(self, pairs: Sequence[Any]) -> list[Answer]:
+            return [Answer(-1.0, 1, True)] * (len(pairs) - 1)
+
+    subject = Subject("short", "short", lambda: (Short(), Tokens(lambda text: [ord(c) for c in text], 100, 1)))
+    with pytest.raises(ValueError, match="answered 39 of 40 pairs"):
+        evaluate([benchmarks.task(SUMS[:10])], subject, store)
+
+
+def test_figures_that_are_no_numbers_are_refused_and_not_kept(store: Store) -> None:
+    with pytest.raises(ValueError, match=r"no number for item \d"):
+        evaluate([benchmarks.task(SUMS[:10])], Speaker(lambda *_: float("nan")).subject(), store)
+    assert evaluate([benchmarks.task(SUMS[:10])], Speaker(lambda *_: -1.0).subject(), store)[0].reused == 0
+
+
+def test_the_same_items_side_by_side(store: Store) -> None:
+    task = benchmarks.task([*SUMS[:10], Item("none", "Q?", ("", " b"), 1)])
+    names = {"one": 6, "two": 3}
+    found = [
+        evaluate([task], Speaker(knowing(lambda n, most=most: n < most)).subject(name), store)[0]  # type: ignore[misc]
+        for name, most in names.items()
+    ]
+    scores = together(found)
+    assert scores.shape == (10, 2) and scores.sum(axis=0).tolist() == [6.0, 3.0]
+    part = evaluate([task.sample(5)], Speaker(knowing(lambda _n: True)).subject("three"), store)[0]
+    assert together([found[0], part]).shape == (sum(i != "none" for i in part.ids), 2)
+    with pytest.raises(ValueError, match="not of the same items"):
+        together([found[0], replace(found[1], sha256="0" * 64)])
+
+
+def test_a_sample_is_sized_by_a_first_one_and_goes_on_from_it(store: Store) -> None:
+    items = [Item(str(n), f"{n} + {n} =", tuple(f" {n + n + more}" for more in range(4)), 0) for n in range(2000)]
+    task, speaker = benchmarks.task(items), Speaker(knowing(lambda number: number % 10 > 0))
+    ((chosen, sizing),) = sized([task], speaker.subject(), store, 0.03)
+    assert len(speaker.asked) == 400 and sizing.known == 100
+    assert 200 <= sizing.limit == len(chosen.items) < 1000
+    (result,) = evaluate([chosen], speaker.subject(), store)
+    half = result.interval().half_width
+    assert result.reused == 100 and half is not None and half < 0.035
+
+
+def test_bits_per_byte_and_tasks_without_results_stay_whole(store: Store) -> None:
+    bits = benchmarks.task([Item(str(n), "Q", (" ab",), 0) for n in range(200)], "bits", Rule.BITS)
+    empty = benchmarks.task([Item(str(n), "Q", ("", " a"), 0) for n in range(200)], "empty")
+    found = sized([bits, empty], Speaker(lambda *_: -1.0).subject(), store, 0.03)
+    assert [len(task.items) for task, _ in found] == [200, 200]
+
+
+def test_names_of_tasks_stay_inside_the_folder(store: Store) -> None:
+    task = benchmarks.task(SUMS[:2], "../../evil/name")
+    subject = Speaker(knowing(lambda _n: True)).subject(identity="../../../up")
+    evaluate([task], subject, store)
+    assert store.path(subject, task).resolve().is_relative_to(store.folder.resolve())
