@@ -28,11 +28,15 @@ ABOUT = (
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Where a command's function lives, its line in the list, and its part of the list."""
+    """Where a command's function lives, its line in the list, and its part of the list.
+
+    `foreign` commands hand options that they do not know to another program.
+    """
 
     function: str
     line: str
     panel: str
+    foreign: bool = False
 
 
 COMMANDS = {
@@ -55,6 +59,7 @@ COMMANDS = {
     "serve": Command("rlkit.apps.serve:serve", "Serve bundles to OpenAI's clients, with a web page.", "Use"),
     "bench": Command("rlkit.apps.measure:bench", "Measure time to first token, tokens/s and memory.", "Know"),
     "compare": Command("rlkit.apps.compare:compare", "Put the forecast beside what a bundle does here.", "Know"),
+    "lm-eval": Command("rlkit.apps.lmeval:harness", "Run lm-evaluation-harness on a bundle.", "Know", foreign=True),
     "calibrate": Command("rlkit.apps.calibrate:calibrate", "Measure this machine, for forecasts.", "Know"),
     "devices": Command("rlkit.apps.devices:devices", "What is known of processors, with every source.", "Know"),
     "forecast": Command("rlkit.apps.forecast:forecast", "Forecast speed, memory and energy on a device.", "Know"),
@@ -77,7 +82,9 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     for name, command in COMMANDS.items():
         function = load(command) if name == called else _elsewhere
         described = command.line if function is _elsewhere else None
-        app.command(name, help=described, short_help=command.line, rich_help_panel=command.panel)(function)
+        settings = {"ignore_unknown_options": command.foreign}
+        shown: dict[str, Any] = {"help": described, "short_help": command.line, "rich_help_panel": command.panel}
+        app.command(name, context_settings=settings, **shown)(function)
     return app
 
 

@@ -16,6 +16,8 @@ EXTRAS = {
     "huggingface_hub": "recover",
     "onnx": "export",
     "onnx_ir": "export",
+    "lm_eval": "eval",
+    "tokenizers": "eval",
 }
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
