@@ -54,9 +54,14 @@ class Plain:
         (found,) = self._run(["logits"], ids, {}, adapter)
         return np.asarray(found, np.float32)
 
-    def outputs(self, names: Sequence[str], ids: NDArray[np.int64]) -> list[NDArray[Any]]:
-        """Outputs of the graph by name for rows of ids (B, T): `present.0.key` is (B, KV heads, T, head size)."""
-        return list(self._session.run(list(names), self._feeds(ids.astype(np.int64))))
+    def outputs(
+        self, names: Sequence[str], ids: NDArray[np.int64], past: Mapping[str, NDArray[Any]] | None = None
+    ) -> list[NDArray[Any]]:
+        """Outputs of the graph by name for rows of ids (B, T): `present.0.key` is (B, KV heads, T, head size).
+
+        They follow the tokens in `past`, if there are any, and `present` holds those as well.
+        """
+        return list(self._session.run(list(names), self._feeds(ids.astype(np.int64), past)))
 
     def tail(self, ids: NDArray[np.int64], last: int, chunk: int = 512) -> NDArray[np.float32]:
         """Logits (1, last, V) of the end of one row (1, T); what comes before goes into the cache by `chunk` tokens."""

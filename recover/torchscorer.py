@@ -1,0 +1,161 @@
+"""A torch model as a scorer: what continuations' contexts share is read once, and many rows in one pass.
+
+Rows of a pass may follow memories of different lengths: those are padded on the left, their ids on the right, and a
+mask hides the padding on the left; what is on the right follows everything that is judged. Every layer remembers all
+tokens, those with a sliding window too, so that a memory may be cut; the model's own mask bounds what such layers see.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlkit.recover.likelihood import Likelihood, Outcome, Part
+
+CPU_IDS = 512  # of one pass; more gain nothing there, and logits over a vocabulary of 150,000 take 314 MB
+DEVICE_IDS = 16384
+LOGITS_NBYTES = 2**30  # of one pass on a device
+
+Past = list[tuple[torch.Tensor, torch.Tensor]]
+"""Of each layer the keys and values (KV heads, T, head size) of one row."""
+
+
+class TorchReader:
+    """Reads parts by a causal model of transformers, on the device and in the type that it has."""
+
+    def __init__(self, model: Any, context_length: int) -> None:
+        self.context_length = context_length
+        self._model = model
+        self._device = next(model.parameters()).device
+        vocab = int(model.config.get_text_config().vocab_size)
+        roomy = max(256, LOGITS_NBYTES // (4 * vocab))
+        self.max_ids = CPU_IDS if self._device.type == "cpu" else min(DEVICE_IDS, roomy)
+        self.switch = _switch(model.config.get_text_config())
+        self._partly = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def read(self, parts: Sequence[Part]) -> Iterator[tuple[int, Outcome]]:
+        """Yield (number of the part, Outcome)."""
+        most = self.max_ids if self.switch is None else max(self.max_ids, self.context_length)
+        together = [number for number, part in enumerate(parts) if len(part.ids) <= most]
+        for number, part in enumerate(parts):
+            if len(part.ids) > most:
+                yield number, self._long(part)
+        if together:
+            yield from zip(together, self._pass([parts[number] for number in together]), strict=True)
+
+    def cut(self, past: Past, length: int) -> Past:
+        """The memory of the first `length` tokens."""
+        return [(keys[:, :length], values[:, :length]) for keys, values in past]
+
+    def _long(self, part: Part) -> Outcome:
+        """Read one part piece by piece."""
+        past, length, kept = part.past, part.past_length, []
+        for start in range(0, len(part.ids), self.max_ids):
+            ids = part.ids[start : start + self.max_ids]
+            wanted = part.positions[(part.positions >= start) & (part.positions < start + len(ids))] - start
+            more = part.keep or start + self.max_ids < len(part.ids)
+            (outcome,) = self._pass([Part(ids, past, length, wanted, more)])
+            past, length = outcome.past, length + len(ids)
+            kept.append(outcome.logits)
+        return Outcome(np.concatenate(kept), past)
+
+    def _pass(self, parts: Sequence[Part]) -> list[Outcome]:
+        """Read parts in one pass."""
+        width, behind = max(len(part.ids) for part in parts), max(part.past_length for part in parts)
+        ids = torch.zeros((len(parts), width), dtype=torch.long)
+        seen = torch.ones((len(parts), behind + width), dtype=torch.long)
+        places = torch.arange(width)[None] + torch.tensor([[part.past_length] for part in parts])
+        for row, part in enumerate(parts):
+            ids[row, : len(part.ids)] = torch.from_numpy(part.ids)
+            seen[row, : behind - part.past_length] = 0
+        first = min((int(part.positions[0]) for part in parts if len(part.positions)), default=width - 1)
+        extra: dict[str, Any] = {"logits_to_keep": width - first} if self._partly else {}
+        cache = self._cache(parts, behind)
+        found = self._model(
+            input_ids=ids.to(self._device),
+            attention_mask=seen.to(self._device),
+            position_ids=places.to(self._device),
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
+        logits, first = found.logits, first if self._partly else 0
+        return [
+            Outcome(_picked(logits[row], part.positions - first), self._kept(cache, row, part, behind))
+            for row, part in enumerate(parts)
+        ]
+
+    def _cache(self, parts: Sequence[Part], behind: int) -> Any:
+        """What the parts remember, padded on the left to `behind` tokens, as transformers wants it."""
+        from transformers import DynamicCache
+
+        if not behind:
+            return DynamicCache()
+        like = next(part.past for part in parts if part.past)
+        layers = []
+        for layer, shapes in enumerate(like):
+            both = []
+            for which, tensor in enumerate(shapes):
+                whole = tensor.new_zeros((len(parts), tensor.shape[0], behind, tensor.shape[2]))
+                for row, part in enumerate(parts):
+                    if part.past_length:
+                        whole[row, :, behind - part.past_length :] = part.past[layer][which]
+                both.append(whole)
+            layers.append((both[0], both[1]))
+        return DynamicCache(layers)
+
+    def _kept(self, cache: Any, row: int, part: Part, behind: int) -> Past | None:
+        """What a row remembers after a pass, without padding."""
+        if not part.keep:
+            return None
+        span = slice(behind - part.past_length, behind + len(part.ids))
+        return [(layer.keys[row, :, span].clone(), layer.values[row, :, span].clone()) for layer in cache.layers]
+
+
+def _switch(config: Any) -> int | None:
+    """The length of rows beyond which a model turns all positions in another way, if it does."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return None
+    known = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(known or config.max_position_embeddings)
+
+
+def _picked(logits: torch.Tensor, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits (n, V) at positions of a row's (T, V)."""
+    found: NDArray[np.float32] = logits[torch.from_numpy(positions).to(logits.device)].float().cpu().numpy()
+    return found
+
+
+def torch_scorer(model: Any, *, context_length: int | None = None) -> Likelihood:
+    """The scorer of a causal model of transformers; `context_length` None means what its configuration says."""
+    length = context_length or int(model.config.get_text_config().max_position_embeddings)
+    return Likelihood(TorchReader(model, length))
+
+
+def placed(model: Any, device: str, dtype: str | None = None, threads: int | None = None) -> Any:
+    """The model on a device (cpu, cuda, cuda:1, mps, or auto: the fastest there is) and in a type of torch.
+
+    `threads` are those of the whole process on the CPU.
+
+    Raises ValueError for a device that is not there and for a type that is none.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if accelerator is None else str(accelerator)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    kind = None if dtype is None else getattr(torch, dtype, None)
+    if dtype is not None and (not isinstance(kind, torch.dtype) or not kind.is_floating_point):
+        raise ValueError(f"dtype {dtype!r} is no type of weights; use float32, bfloat16 or float16")
+    try:
+        return model.to(device=torch.device(device), dtype=kind)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used: {first}; use cpu, or auto for what there is") from error

@@ -1,0 +1,116 @@
+"""Bundles judge continuations as whole rows are judged: all families, caches of all kinds, several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import families
+import tiny
+from rlkit.apps.kv import Wanted, add_caches
+from rlkit.export.build import export_bundle
+from rlkit.export.kvscales import SCHEMES
+from rlkit.recover.likelihood import Continuation, Pair
+from rlkit.runtime import bundlescorer
+from rlkit.runtime.bundlescorer import BundleScorer, shared_out
+from rlkit.runtime.folder import read_bundle
+from rlkit.runtime.plain import Plain
+from test_likelihood import assert_same, items, whole
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scorer")
+    return export_bundle(tiny.checkpoint(tiny.llama(root / "hf"), root / "ckpt"), root / "bundle", accuracy_level=0)
+
+
+def plainly(bundle: Path, pairs: list[Pair], kv: str | None = None) -> list[Continuation]:
+    """The plain way: whole rows, one by one, in float64."""
+    plain = Plain(bundle, read_bundle(bundle)[0]["model"]["decoder"], 1, kv)
+    found = []
+    for context, continuation in pairs:
+        row = np.array([[*context, *continuation[:-1]]])
+        logits = plain.logits(row)[0, len(context) - 1 :].astype(np.float64)
+        norms = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        logprob = float((logits[np.arange(len(continuation)), list(continuation)] - norms).sum())
+        greedy = bool((logits.argmax(-1) == list(continuation)).all())
+        found.append(Continuation(logprob, len(continuation), greedy))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "gpt-oss"])
+def test_float_bundles_of_all_families(name: str, tmp_path: Path) -> None:
+    made = export_bundle(families.folder(name, tmp_path / "hf"), tmp_path / "bundle")
+    pairs = items(3)
+    with BundleScorer(made, threads=1) as scorer:
+        found = scorer.score(pairs)
+    assert_same(found, plainly(made, pairs))
+    expected = whole(families.model(name), pairs)
+    np.testing.assert_allclose([one.logprob for one in found], [one.logprob for one in expected], atol=1e-3)
+    assert [one.greedy for one in found] == [one.greedy for one in expected]
+
+
+def test_calls_one_after_the_other(bundle: Path) -> None:
+    pairs = items(6)
+    with BundleScorer(bundle, threads=1) as scorer:
+        found = [one for start in range(0, len(pairs), 4) for one in scorer.score(pairs[start : start + 4])]
+    assert_same(found, plainly(bundle, pairs))
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_long_rows_are_read_piece_by_piece(bundle: Path, monkeypatch: pytest.MonkeyPatch, lean: bool) -> None:
+    monkeypatch.setattr(bundlescorer, "PASS_IDS", 16)
+    monkeypatch.setattr(bundlescorer, "LEAN_NBYTES", 2**30 if lean else 0)
+    pairs = [*items(2), ([7] * 3, list(range(3, 103)))]
+    with BundleScorer(bundle, threads=1) as scorer:
+        assert_same(scorer.score(pairs), plainly(bundle, pairs))
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+def test_integer_caches(bundle: Path, tmp_path: Path, kv: str) -> None:
+    made = export_bundle(bundle.parent / "ckpt", tmp_path / "cached", accuracy_level=0)
+    add_caches(made, Wanted((SCHEMES[kv],), tokens=300, measure=False))
+    pairs = items(3)
+    with BundleScorer(made, threads=1, kv=kv) as scorer:
+        found = scorer.score(pairs)
+    assert_same(found, plainly(made, pairs, kv))
+    assert found[0] != plainly(made, pairs)[0]
+
+
+def test_several_processes_say_the_same(bundle: Path) -> None:
+    pairs = items(5)
+    with BundleScorer(bundle, workers=2) as several:
+        assert_same(several.score(pairs), plainly(bundle, pairs))
+        assert several.score([]) == []
+        with pytest.raises(ValueError, match="pair 0 has no token in its context"):
+            several.score([([], [1])])
+    with pytest.raises(ValueError, match="closed"):
+        several.score(pairs)
+
+
+def test_what_shares_a_context_stays_together() -> None:
+    pairs = items(8)
+    shares = shared_out(pairs, 256, 4)
+    assert sorted(number for share in shares for number in share) == list(range(len(pairs)))
+    assert 2 <= len(shares) <= 4
+    for context in {tuple(pair[0]) for pair in pairs}:
+        same = {number for number, pair in enumerate(pairs) if tuple(pair[0]) == context}
+        assert sum(bool(same & set(share)) for share in shares) == 1
+
+
+def test_bad_choices(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="workers = 0"):
+        BundleScorer(bundle, workers=0)
+    with pytest.raises(ValueError, match="has no int8 cache"):
+        BundleScorer(bundle, kv="int8")
+    with pytest.raises(FileNotFoundError, match="no bundle folder"):
+        BundleScorer(tmp_path / "absent")
+
+
+def test_a_bundle_of_last_logits_cannot_judge(bundle: Path, tmp_path: Path) -> None:
+    made = export_bundle(bundle.parent / "ckpt", tmp_path / "last", accuracy_level=0)
+    (made / "logits.onnx").unlink()
+    with pytest.raises(ValueError, match="computes only the last token's logits"):
+        BundleScorer(made)

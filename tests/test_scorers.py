@@ -1,0 +1,99 @@
+"""One scorer for every form of a model: the same numbers, the tokenizer's ids, and facts that tell forms apart."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+from rlkit.apps.scorers import scorer_for
+from rlkit.export.build import export_bundle
+from rlkit.recover.likelihood import Pair
+
+QUESTIONS = ("what is the capital of France?", "the cat sat on", "two bits are enough for", "a small model")
+CHOICES = (" the mat", " the capital of France is Paris", " some weights", " x")
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A float model and its float bundle; a checkpoint of it, and the bundle of that."""
+    root = tmp_path_factory.mktemp("forms")
+    made = {"hf": tiny.llama(root / "hf", initializer_range=0.1)}
+    made["bundle"] = export_bundle(made["hf"], root / "bundle")
+    made["checkpoint"] = tiny.checkpoint(made["hf"], root / "checkpoint")
+    made["w4"] = export_bundle(made["checkpoint"], root / "w4", accuracy_level=0)
+    return made
+
+
+def pairs(reference: Path) -> list[Pair]:
+    with scorer_for(reference) as judge:
+        encode = judge.tokens.encode
+        return [(encode(question), encode(choice)) for question in QUESTIONS for choice in CHOICES]
+
+
+@pytest.mark.parametrize(("one", "other"), [("hf", "bundle"), ("checkpoint", "w4")])
+def test_torch_and_bundle_agree_item_by_item(forms: dict[str, Path], one: str, other: str) -> None:
+    asked = pairs(forms[one])
+    assert asked == pairs(forms[other])
+    found = []
+    for name in (one, other):
+        with scorer_for(forms[name], threads=1) as judge:
+            found.append(judge.scorer.score(asked))
+    logprobs = [np.array([answer.logprob for answer in some]) for some in found]
+    np.testing.assert_allclose(logprobs[0], logprobs[1], atol=1e-3)
+    best = [some.reshape(len(QUESTIONS), -1).argmax(-1).tolist() for some in logprobs]
+    assert best[0] == best[1]
+    assert [answer.greedy for answer in found[0]] == [answer.greedy for answer in found[1]]
+
+
+def test_facts(forms: dict[str, Path], tmp_path: Path) -> None:
+    facts = {}
+    for name, folder in forms.items():
+        with scorer_for(folder) as judge:
+            facts[name] = judge.facts
+            assert (judge.tokens.bos, judge.tokens.eos, judge.tokens.prefix) == (1, 2, 1)
+            assert judge.tokens.decode(judge.tokens.encode(" the mat")) == " the mat"
+            assert judge.tokens.encode_special("x") == judge.tokens.encode("x")
+            assert judge.scorer.context_length == judge.facts.context_length == 256
+    assert len({fact.fingerprint for fact in facts.values()}) == 4
+    assert {name: fact.stored for name, fact in facts.items()} == {
+        "hf": "hf",
+        "bundle": "bundle",
+        "checkpoint": "checkpoint",
+        "w4": "bundle",
+    }
+    shutil.copytree(forms["hf"], tmp_path / "again")
+    for dtype, same in ((None, True), ("bfloat16", False)):
+        with scorer_for(tmp_path / "again", dtype=dtype) as judge:
+            assert (judge.facts.fingerprint == facts["hf"].fingerprint) is same
+    assert judge.facts.to_json()["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "match"),
+    [
+        ("hf", {"workers": 2}, "is no bundle, and workers = 2 is for bundles"),
+        ("checkpoint", {"kv": "int8"}, "is no bundle, and kv 'int8' is for bundles"),
+        ("bundle", {"dtype": "float16"}, "leave dtype 'float16' out"),
+        ("bundle", {"device": "cuda"}, "leave device 'cuda' out"),
+        ("hf", {"device": "nowhere"}, "device 'nowhere' cannot be used"),
+    ],
+)
+def test_choices_that_do_not_fit(forms: dict[str, Path], form: str, options: dict[str, object], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        scorer_for(forms[form], **options)  # type: ignore[arg-type]
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no model"):
+        scorer_for(tmp_path / "absent")
+
+
+def test_a_damaged_tokenizer_is_named(forms: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(forms["w4"], tmp_path / "bundle")
+    (tmp_path / "bundle" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no tokenizer"):
+        scorer_for(tmp_path / "bundle")
