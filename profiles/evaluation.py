@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from rlkit.profiles.taskscore import EMPTY, Continuation, Pair, Scored, Scorer, 
 from rlkit.recover.progress import Progress, Tell, silent
 
 Encode = Callable[[str], list[int]]
-CHUNK_ITEMS = 32  # scored together, then written
+CHUNK_CHARACTERS = 60_000  # scored together, then written; about 15,000 tokens
+HEAD, SHARED = 64, 4  # items whose contexts begin with the same characters, if so many do, come one after the other
 TOO_LONG, NO_START = "a continuation longer than the context", "no token to begin with (the tokenizer has no BOS)"
 
 
@@ -220,25 +221,47 @@ class _Run:
         if self._opened is None:
             self._opened = self._subject.open()
         scorer, tokens = self._opened
-        missing = sorted(missing, key=_length, reverse=True)  # the largest first, so that what fails, fails at once
-        total, done = sum(map(_length, missing)), 0
+        total, done, count = sum(map(_length, missing)), 0, 0
         left: dict[str, str] = {}
         stage = f"{self._subject.name}: {task.name}"
-        for start in range(0, len(missing), CHUNK_ITEMS):
-            self._tell(Progress(stage, done, total, f"{start}/{len(missing)} items"))
-            part = missing[start : start + CHUNK_ITEMS]
+        for part in _chunks(missing):
+            self._tell(Progress(stage, done, total, f"{count}/{len(missing)} items"))
             asked = {item.id: _asked(item, tokens, plain=plain) for item in part}
             left |= {name: ask for name, ask in asked.items() if isinstance(ask, str)}
             found = _scored(scorer, {name: ask for name, ask in asked.items() if not isinstance(ask, str)})
             self._store.add(self._subject, task, found)
             known |= {scored.id: scored for scored in found}
-            done += sum(map(_length, part))
+            done, count = done + sum(map(_length, part)), count + len(part)
         self._tell(Progress(stage, total, total, f"{len(missing)} items"))
         return left
 
 
 def _length(item: Item) -> int:
     return len(item.context) + sum(map(len, item.choices))
+
+
+def _chunks(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Items in portions to score together: the longest first, so that what fails, fails at once."""
+    heads = Counter(item.context[:HEAD] for item in items)
+    longest: dict[str, int] = {}
+    for item in items:
+        head = item.context[:HEAD]
+        longest[head] = max(longest.get(head, 0), _length(item))
+
+    def place(item: Item) -> tuple[int, str, int]:
+        head = item.context[:HEAD]
+        return (longest[head], head, _length(item)) if heads[head] >= SHARED else (_length(item), "", 0)
+
+    part: list[Item] = []
+    size = 0
+    for item in sorted(items, key=place, reverse=True):
+        if part and size + _length(item) > CHUNK_CHARACTERS:
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += _length(item)
+    if part:
+        yield part
 
 
 def _complete(scored: Scored | None, item: Item, *, plain: bool) -> bool:
