@@ -224,7 +224,7 @@ class _Run:
         total, done, count = sum(map(_length, missing)), 0, 0
         left: dict[str, str] = {}
         stage = f"{self._subject.name}: {task.name}"
-        for part in _chunks(missing):
+        for part in portions(missing):
             self._tell(Progress(stage, done, total, f"{count}/{len(missing)} items"))
             asked = {item.id: _asked(item, tokens, plain=plain) for item in part}
             left |= {name: ask for name, ask in asked.items() if isinstance(ask, str)}
@@ -240,7 +240,7 @@ def _length(item: Item) -> int:
     return len(item.context) + sum(map(len, item.choices))
 
 
-def _chunks(items: Sequence[Item]) -> Iterator[list[Item]]:
+def portions(items: Sequence[Item]) -> Iterator[list[Item]]:
     """Items in portions to score together: the longest first, so that what fails, fails at once."""
     heads = Counter(item.context[:HEAD] for item in items)
     longest: dict[str, int] = {}
