@@ -30,6 +30,7 @@ from rlkit.apps import console
 from rlkit.apps.lmmodel import open_model
 
 NAME = "rlkit"
+UNASKED_DEVICE = "cuda:0"  # what the harness's command says unless told
 SAID = {
     "truncated": "%d requests were longer than the context; their beginning was cut off",
     "windowed": "%d continuations were longer than the context and judged in parts",
@@ -39,56 +40,76 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class Methods:
+    """What the harness calls, for `lm_class`; batch sizes are nothing to it, as what is shared brings more."""
+
+    cache_hook: Any  # the harness's, set by its class
+
+    def __init__(
+        self, bundle: str | None = None, batch_size: Any = None, max_batch_size: Any = None, **more: Any
+    ) -> None:
+        super().__init__()
+        self.model = open_model(bundle, **more)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
+        """A model by model_args as one text."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Any:
+        """A model by model_args; where they name a device it counts, not the harness's option."""
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if options.get("device") == UNASKED_DEVICE:
+            del options["device"]
+        return cls(**{**options, **arg_dict})
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(logprob, greedy) of each request's continuation."""
+        found = self.model.loglikelihoods([request.args for request in requests])
+        return _gathered(self, "loglikelihood", requests, found, silent=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The logprob of each request's text."""
+        found = self.model.rolling([request.args[0] for request in requests])
+        return _gathered(self, "loglikelihood_rolling", requests, found, silent=disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The reply to each request."""
+        found = self.model.generate([request.args for request in requests])
+        return _gathered(self, "generate_until", requests, found, silent=disable_tqdm)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as a prompt."""
+        return self.model.template(chat_history, opened=add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's caches."""
+        return self.model.tokens.name
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that is applied, where one is asked for."""
+        return self.model.tokens.chat_template if chat_template else None
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness adds to the results' config."""
+        return {NAME: self.model.facts()}
+
+
 @functools.cache
 def lm_class() -> Any:
     """The harness's kind of model; its arguments are those of `open_model`."""
     from lm_eval.api.model import LM
 
-    class Bundle(LM):  # type: ignore[misc]  # untyped
-        """A bundle behind the harness's interface. It decides itself what is computed together."""
-
-        def __init__(
-            self, bundle: str | None = None, batch_size: Any = None, max_batch_size: Any = None, **more: Any
-        ) -> None:
-            super().__init__()
-            self.model = open_model(bundle, **more)
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            """(logprob, greedy) of each request's continuation."""
-            found = self.model.loglikelihoods([request.args for request in requests])
-            return _gathered(self, "loglikelihood", requests, found, silent=disable_tqdm)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            """The logprob of each request's text."""
-            found = self.model.rolling([request.args[0] for request in requests])
-            return _gathered(self, "loglikelihood_rolling", requests, found, silent=disable_tqdm)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            """The reply to each request."""
-            found = self.model.generate([request.args for request in requests])
-            return _gathered(self, "generate_until", requests, found, silent=disable_tqdm)
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            """Messages as a prompt."""
-            return self.model.template(chat_history, opened=add_generation_prompt)
-
-        @property
-        def tokenizer_name(self) -> str:
-            """Names the tokenizer in the harness's caches."""
-            return self.model.tokens.name
-
-        def chat_template(self, chat_template: bool | str = False) -> str | None:
-            """The template that is applied, where one is asked for."""
-            return self.model.tokens.chat_template if chat_template else None
-
-        def get_model_info(self) -> dict[str, Any]:
-            """What the harness adds to the results' config."""
-            return {NAME: self.model.facts()}
-
-    return Bundle
+    return type("Bundle", (Methods, LM), {})
 
 
-def _gathered(lm: Any, kind: str, requests: Sequence[Any], found: Iterator[tuple[int, T]], *, silent: bool) -> list[T]:
+def _gathered(
+    lm: Methods, kind: str, requests: Sequence[Any], found: Iterator[tuple[int, T]], *, silent: bool
+) -> list[T]:
     """What comes in any order in the order of the requests; the harness keeps it as it comes, if told to."""
     from tqdm import tqdm
 

@@ -262,7 +262,7 @@ def test_what_is_needed_is_opened_when_it_is_needed(bundle: Path) -> None:
 
 
 def test_the_harness_class_keeps_order_and_what_it_has(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    lm = lm_class().create_from_arg_string(f"bundle={bundle},threads=1", {"batch_size": "auto", "device": None})
+    lm = lm_class().create_from_arg_string(f"bundle={bundle},threads=1", {"batch_size": "auto", "device": "cuda:0"})
     kept: list[tuple[str, Any, Any]] = []
     lm.set_cache_hook(SimpleNamespace(add_partial=lambda *told: kept.append(told)))
     pairs = [("the dog", " sat"), ("the cat", " sat on the mat"), (LONG, ""), (LONG, " dog")]
@@ -280,3 +280,11 @@ def test_the_harness_class_keeps_order_and_what_it_has(bundle: Path, caplog: pyt
     assert lm.apply_chat_template([{"role": "user", "content": "hi"}]).endswith("assistant\n")
     assert lm.tokenizer_name == lm.model.tokens.name
     assert lm.get_model_info()["rlkit"]["truncated"] == 2
+
+
+def test_a_device_is_the_one_asked_for(bundle: Path) -> None:
+    make = lm_class().create_from_arg_obj
+    assert make({"bundle": str(bundle)}, {"device": None}).model.opening.device == "cpu"
+    assert make({"bundle": str(bundle), "device": "cpu"}, {"device": "toaster"}).model.opening.device == "cpu"
+    with pytest.raises(ValueError, match="device 'toaster' does not exist"):
+        make({"bundle": str(bundle)}, {"device": "toaster"})
