@@ -3,7 +3,9 @@
 Parts with nothing before them are read several at a time, padded on the right: attention is causal. What follows a
 memory is read by itself, since the attention kernel for the CPU takes one such row only; its cost is that of its
 tokens, and those are few. Where nothing but a part's last token is judged, the graph that generates reads it, if it is
-open too: it leaves out the product with lm_head for all other tokens.
+open too: it leaves out the product with lm_head for all other tokens. A single token is read with another behind it,
+so that the kernels are those that read whole rows: the ones for single tokens round otherwise where activations are
+integers.
 
 Several workers are processes with a session each; a call's pairs are shared out so that what begins alike stays
 together.
@@ -80,13 +82,18 @@ class BundleReader:
     ) -> tuple[NDArray[np.float32], Past]:
         """Logits (n, V) at the wanted positions of one row (1, T), and the memory if `more` is to be read."""
         names = list(self._names) if more else []
-        if self._lean is not None and wanted.tolist() in ([], [ids.shape[1] - 1]):
+        length = ids.shape[1]
+        behind = next(iter(past.values())).shape[2] if past else 0
+        if length == 1 and behind + 1 < self.context_length:  # kernels for one row of a matrix round in another way
+            ids = np.pad(ids, ((0, 0), (0, 1)))
+        if self._lean is not None and ids.shape[1] == length and wanted.tolist() in ([], [length - 1]):
             logits, *presents = self._lean.outputs(["logits", *names], ids, past)
             chosen = logits[0, -1:] if len(wanted) else logits[0, :0]
         else:
             logits, *presents = self._whole.outputs(["logits", *names], ids, past)
             chosen = logits[0, wanted]
-        return chosen.astype(np.float32), dict(zip(self._names.values(), presents, strict=True)) if more else {}
+        known = dict(zip(self._names.values(), presents, strict=True)) if more else {}
+        return chosen.astype(np.float32), known if ids.shape[1] == length else self.cut(known, behind + length)
 
     def _padded(self, parts: Sequence[Part]) -> Iterator[Outcome]:
         """Read parts that nothing comes before in one pass."""

@@ -79,6 +79,13 @@ def test_integer_caches(bundle: Path, tmp_path: Path, kv: str) -> None:
     assert found[0] != plainly(made, pairs)[0]
 
 
+def test_integer_activations_round_as_in_whole_rows(bundle: Path, tmp_path: Path) -> None:
+    made = export_bundle(bundle.parent / "ckpt", tmp_path / "int8", accuracy_level=4)
+    pairs = items(6)
+    with BundleScorer(made, threads=1) as scorer:
+        assert_same(scorer.score(pairs), plainly(made, pairs))
+
+
 def test_several_processes_say_the_same(bundle: Path) -> None:
     pairs = items(5)
     with BundleScorer(bundle, workers=2) as several:
