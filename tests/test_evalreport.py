@@ -73,10 +73,7 @@ def test_groups_follow_their_tasks_with_a_mean(found: Evaluation) -> None:
     assert cells(table, "One")[:2] == ("400", "25")
     assert [float(cell.split(" ±")[0]) for cell in cells(table, "One")[2:]] == [75.0, 50.0, 72.5]
     assert cells(table, "mean, in distribution")[2].startswith("72.5 ± ")
-    assert (
-        cells(table, "Sums")[2:4] == ("1.000 ± 0.020 bits/byte", "1.000 ± 0.020 bits/byte")
-        or "bits/byte" in cells(table, "Sums")[2]
-    )
+    assert re.fullmatch(r"1\.000 ± 0\.02\d bits/byte", cells(table, "Sums")[2])
 
 
 def test_differences_are_paired(found: Evaluation) -> None:
@@ -212,8 +209,7 @@ class Outline(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in ("line", "circle", "polygon"):
-            assert self.open.pop() == tag
+        assert self.open.pop() == tag
 
     def handle_startendtag(self, tag: str, _attributes: Any) -> None:
         self.seen.append(tag)
