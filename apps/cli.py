@@ -59,6 +59,7 @@ COMMANDS = {
     "serve": Command("rlkit.apps.serve:serve", "Serve bundles to OpenAI's clients, with a web page.", "Use"),
     "bench": Command("rlkit.apps.measure:bench", "Measure time to first token, tokens/s and memory.", "Know"),
     "compare": Command("rlkit.apps.compare:compare", "Put the forecast beside what a bundle does here.", "Know"),
+    "eval": Command("rlkit.apps.evaluate:run_eval", "Measure accuracy on benchmarks, and recovery.", "Know"),
     "lm-eval": Command("rlkit.apps.lmeval:harness", "Run lm-evaluation-harness on a bundle.", "Know", foreign=True),
     "calibrate": Command("rlkit.apps.calibrate:calibrate", "Measure this machine, for forecasts.", "Know"),
     "devices": Command("rlkit.apps.devices:devices", "What is known of processors, with every source.", "Know"),

@@ -1,0 +1,231 @@
+"""The command `eval`: accuracy on benchmarks, with intervals, and what came back of what quantization lost."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlkit.apps import console, evalmodels, heldout
+from rlkit.apps.evalmodels import Candidate, Ways
+from rlkit.profiles import evalreport, tasks
+from rlkit.profiles.evalreport import Evaluation, ModelResult
+from rlkit.profiles.evaluation import Store, evaluate, sized
+from rlkit.profiles.tasks import Spec, Task
+from rlkit.recover import assets, cache
+from rlkit.recover.atomic import refuse_existing, write_json, write_text
+from rlkit.recover.progress import Tell
+
+AUTO = "auto"
+PAGES = (".html", ".htm")
+
+
+def run_eval(  # noqa: PLR0913, one parameter per option of the command
+    model: Annotated[str, typer.Argument(help="A bundle, checkpoint folder, Hugging Face folder, .gguf or asset.")],
+    asked: Annotated[
+        str, typer.Option("--tasks", help="Sets and tasks, with commas between; --dry-run lists them.")
+    ] = "standard",
+    limit: Annotated[str, typer.Option(help="Items per task: a number, auto, or all.")] = "all",
+    width: Annotated[float, typer.Option(help="For --limit auto: points on either side of an accuracy.")] = 4.0,
+    against: Annotated[str | None, typer.Option(help="The model in full precision, to measure against.")] = None,
+    quantized: Annotated[str | None, typer.Option(help="What MODEL was recovered from, for the recovery.")] = None,
+    compare: Annotated[list[str] | None, typer.Option(help="Another model in the same table; may be repeated.")] = None,
+    text: Annotated[str, typer.Option(help="Text for KL and perplexity: builtin, an asset, a file.")] = heldout.BUILTIN,
+    min_tokens: Annotated[int, typer.Option(help="Tokens of that text.")] = 4000,
+    device: Annotated[str, typer.Option(help="For torch models: cpu, cuda, auto.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="For torch models: float32, bfloat16, float16.")] = None,
+    kv: Annotated[str | None, typer.Option(help="For bundles: which KV cache.")] = None,
+    workers: Annotated[int, typer.Option(help="For bundles: processes.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads of each process.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the sample of items, and the bootstrap.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots: FILE.html.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+) -> None:
+    """Accuracy of models on real benchmarks, with 95 % intervals; KL, agreement and perplexity against a reference.
+
+    The standard set is nine tasks in distribution and three out of it (docs/tasks.md). What is computed is kept by
+    item: an interrupted run goes on, and another run with the same reference reuses its results. With --against and
+    --quantized: recovery = (recovered - quantized) / (full - quantized).
+
+    Example: rlkit eval bundles/w4 --tasks arc_easy,hellaswag --limit 200
+
+    Example: rlkit eval healed --against smollm2-135m --quantized plain-w2 --limit auto --html eval.html
+    """
+    _check_files(output, html, force=force)
+    wanted = _Wanted(tasks.find(asked), _limit(limit), _points(width), seed)
+    references = list(dict.fromkeys(filter(None, [against, quantized, model, *(compare or [])])))
+    ways = Ways(device, dtype, kv, workers, threads)
+    if against is not None:
+        heldout.find_text(text)
+    with console.progress(quiet=json) as tell:
+        models = evalmodels.candidates(references, ways, tell)
+        roles = _Roles(*(_named(models, name, ways, tell) for name in (against, quantized)))
+        if dry_run:
+            _say_plan(wanted, models, json=json)
+            return
+        chosen = wanted.load(tell, quiet=json)
+        found = _evaluated(wanted, chosen, models, roles, tell)
+        if roles.full is not None:
+            found = _diverged(found, models, roles.full, (text, min_tokens), tell)
+    _finish(found, output, html, json=json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    full: str | None
+    quantized: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Tasks and how many items of each; `limit` None for all, 0 for as many as `width` needs."""
+
+    specs: list[Spec]
+    limit: int | None
+    width: float
+    seed: int
+
+    def load(self, tell: Tell, *, quiet: bool) -> list[Task]:
+        """The tasks, whole; fetches their data if it is not kept."""
+        if not tasks.needs_asset(self.specs):
+            return tasks.load(self.specs, None)
+        asset = assets.find(tasks.ASSET)
+        if assets.cached(asset) is None and not quiet:
+            console.say(_fetching(asset))
+        return tasks.load(self.specs, assets.fetch(asset, tell))
+
+
+def _fetching(asset: assets.Asset) -> str:
+    what = f"{asset.name} ({asset.origin})"
+    size, where = console.nbytes_text(asset.nbytes), cache.cache_folder()
+    return f"fetching {what}, {size}, once: the items of the benchmarks; kept in {where}"
+
+
+def _check_files(output: Path | None, html: Path | None, *, force: bool) -> None:
+    if html is not None and html.suffix.lower() not in PAGES:
+        raise ValueError(f"{html} is no name of a page; end it with .html")
+    for path in filter(None, (output, html)):
+        refuse_existing(path, force=force)
+
+
+def _limit(text: str) -> int | None:
+    if text == "all":
+        return None
+    if text == AUTO:
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--limit {text!r} is no number of items; give a number such as 200, auto, or all")
+    return int(text)
+
+
+def _points(width: float) -> float:
+    if not 0.1 <= width <= 50:
+        raise ValueError(f"--width {width} is no useful interval; give points such as 4")
+    return width / 100
+
+
+def _named(models: Sequence[Candidate], reference: str | None, ways: Ways, tell: Tell) -> str | None:
+    """The name that a reference has among the models."""
+    if reference is None:
+        return None
+    (alone,) = evalmodels.candidates([reference], ways, tell)
+    return next(model.name for model in models if model.model.file.resolve() == alone.model.file.resolve())
+
+
+def _store() -> Store:
+    return Store(cache.cache_folder() / "eval")
+
+
+def _evaluated(
+    wanted: _Wanted, whole: list[Task], models: Sequence[Candidate], roles: _Roles, tell: Tell
+) -> Evaluation:
+    """Every model on the same items; how many, the first one says where that is asked."""
+    sizes: dict[str, str] = {}
+    if wanted.limit == 0:
+        with models[0].subject(tell) as subject:
+            found = sized(whole, subject, _store(), wanted.width, tell, wanted.seed)
+        chosen = [task for task, _ in found]
+        sizes = {task.name: f"{sizing.text()} of {models[0].name}" for task, sizing in found}
+    else:
+        chosen = [task.sample(wanted.limit, wanted.seed) for task in whole]
+    results = []
+    for candidate in models:
+        with candidate.subject(tell) as subject:
+            results.append(
+                ModelResult(candidate.name, candidate.facts, tuple(evaluate(chosen, subject, _store(), tell)))
+            )
+    return Evaluation(tuple(results), roles.full, roles.quantized, sizes, about=_about(chosen), seed=wanted.seed)
+
+
+def _about(chosen: Sequence[Task]) -> tuple[str, ...]:
+    rules = "; ".join(f"{task.spec.title}: {task.spec.rule}, {len(task.items)} of {task.spec.items}" for task in chosen)
+    made = f"rlkit {version('rlkit-edge')}, {datetime.date.today().isoformat()}"
+    return (f"Scored by, and items: {rules}", f"{made}: rlkit {shlex.join(sys.argv[1:])}")
+
+
+def _diverged(
+    found: Evaluation, models: Sequence[Candidate], full: str, text: tuple[str, int], tell: Tell
+) -> Evaluation:
+    """The same with every model's divergence from the full one."""
+    reference = next(model.model for model in models if model.name == full)
+    held_out = evalmodels.stick(reference, *text)
+    evalmodels.keep_reference(held_out, reference, tell)
+    results = []
+    for candidate, result in zip(models, found.models, strict=True):
+        if candidate.name != full:
+            measured = evalmodels.divergence(held_out, candidate.model, tell)
+            told = {"why": measured} if isinstance(measured, str) else {"divergence": measured}
+            result = replace(result, **told)
+        results.append(result)
+    return replace(found, models=tuple(results), text=f"{held_out.label}, {held_out.tokens} tokens")
+
+
+def _say_plan(wanted: _Wanted, models: Sequence[Candidate], *, json: bool) -> None:
+    """What would be done: tasks and items, models, and what would be fetched."""
+    asset = assets.find(tasks.ASSET)
+    missing = tasks.needs_asset(wanted.specs) and assets.cached(asset) is None
+    limit = wanted.limit
+    counts = {spec.name: spec.items if not limit else min(limit, spec.items) for spec in wanted.specs}
+    if json:
+        plan: dict[str, Any] = {"schema_version": 1, "models": [model.name for model in models], "items": counts}
+        console.emit_json({**plan, "sized": limit == 0, "fetch_nbytes": asset.nbytes if missing else 0})
+        return
+    rows = [
+        (spec.name, spec.title, evalreport.GROUPS[spec.group], str(spec.rule), str(counts[spec.name]), spec.licence)
+        for spec in wanted.specs
+    ]
+    console.table(("name", "task", "group", "rule", "items", "licence"), rows, title="Tasks")
+    console.emit("models: " + ", ".join(f"{model.name} ({model.facts['form']})" for model in models))
+    if limit == 0:
+        console.emit(f"at most so many items: as few as ± {100 * wanted.width:g} points need")
+    if missing:
+        console.emit("would be " + _fetching(asset))
+
+
+def _finish(found: Evaluation, output: Path | None, html: Path | None, *, json: bool) -> None:
+    if output is not None:
+        write_json(output, found.to_json())
+    if html is not None:
+        from rlkit.profiles.evalpage import to_html
+
+        write_text(html, to_html(found))
+        if not json:
+            console.say(f"written to {html}")
+    if json:
+        console.emit_json(found.to_json())
+        return
+    for table in evalreport.tables(found):
+        console.table(table.columns, table.rows, title=table.title)
+        console.emit(table.note)
+    for line in evalreport.findings(found):
+        console.emit(f"- {line}")
