@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import tiny
 from rlkit.apps import serve
@@ -178,6 +179,48 @@ def address(root: Path) -> Iterator[str]:
     pool = serve.make_pool([root / "bundle"], slots=4, queue=64, memory=None)
     with contextlib.closing(pool), serving(pool) as found:
         yield found
+
+
+PAIRS = """
+import json, random, sys
+from types import SimpleNamespace
+from pathlib import Path
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer
+from rlkit.apps.lmtokens import Tokens
+folder = sys.argv[1]
+theirs = HFLM.__new__(HFLM)  # what it does with text, without a model
+theirs.__dict__ |= {"tokenizer": AutoTokenizer.from_pretrained(folder), "backend": "causal"}
+theirs.__dict__ |= {"add_bos_token": None, "custom_prefix_token_id": None, "enable_thinking": None}
+theirs._loglikelihood_tokens = lambda requests, **_: [(list(one[1]), list(one[2])) for one in requests]
+ours, rng, found = Tokens(Path(folder), 2), random.Random(1), {"same": 0, "other": 0, "refused": 0}
+words = ["the", " cat", " ", "  ", "\\n", "\\t", "\u00e9", "\u4e2d", "sm", "all", ".", "<|im_end|>", "<|im_start|>"]
+for _ in range(3000):
+    context, continuation = ("".join(rng.choices(words, k=rng.randrange(7))) for _ in range(2))
+    request = SimpleNamespace(args=(context, continuation), task_name=None)
+    try:
+        (pair,) = theirs.loglikelihood([request], disable_tqdm=True)
+    except IndexError:  # an empty continuation
+        pair = ([], [])
+    same = pair == ours.pair(context, continuation)
+    found["refused" if not all(pair) else "same" if same else "other"] += 1
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("adding", [False, True], ids=["plain", "first token added"])
+def test_text_becomes_ids_as_in_the_harness(tmp_path: Path, adding: bool) -> None:
+    tokenizer = tiny.tokenizer()
+    if adding:
+        first = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+        tokenizer.backend_tokenizer.post_processor = first
+    tokenizer.save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", PAIRS, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["other"] == 0 and found["same"] > 2000
 
 
 def test_a_bundle_scores_as_the_torch_model_does(root: Path, ours: dict[str, Any]) -> None:
