@@ -39,6 +39,7 @@ class Command:
     foreign: bool = False
 
 
+HOLDING_WEIGHTS = ("run", "chat", "serve", "calibrate", "compare")  # start themselves once more, to have huge pages
 COMMANDS = {
     "demo": Command("rlkit.apps.demo:demo", "The whole path on a small real model, ending in a report.", "Start here"),
     "assets": Command("rlkit.apps.get:assets", "List the named models and texts.", "Models"),
@@ -134,6 +135,10 @@ def _bad_usage(error: typer.TyperException) -> int:
 def main() -> None:
     """The console script."""
     signal.signal(signal.SIGTERM, _terminated)
+    if sys.argv[1:2] and sys.argv[1] in HOLDING_WEIGHTS:
+        from rlkit.runtime import hugepages
+
+        hugepages.restart()
     code = run(sys.argv[1:])
     if code == errors.ExitCode.INTERRUPTED:
         # Python ends itself with SIGINT if the interrupt ever passed through an exec() of a library, handled or not.

@@ -8,16 +8,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rlkit.recover import cores
+from rlkit.runtime import hugepages
 from rlkit.runtime.tuned import Tuned
 from rlkit.runtime.tunedbundle import AFFINITIES
 
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-OLDEST_GLIBC = (2, 35)  # the first whose malloc can ask for huge pages
-HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+SMALL_PAGES = {hugepages.TUNABLES: hugepages.SMALL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +57,7 @@ def facts_here(*, two_bits: bool) -> Facts:
     limit = cores.quota()
     limited = limit is not None and limit < len(processors)
     arm64 = platform.machine().lower() in ("aarch64", "arm64")
-    return Facts(processors, per_core, fast, limited, _asks_for_huge_pages(), arm64, two_bits)
-
-
-def _asks_for_huge_pages(path: Path = HUGE_PAGES) -> bool:
-    name, version = platform.libc_ver()
-    try:
-        numbers = tuple(int(part) for part in version.split(".")[:2])
-        return name == "glibc" and numbers >= OLDEST_GLIBC and "[madvise]" in path.read_text()
-    except (OSError, ValueError):
-        return False
+    return Facts(processors, per_core, fast, limited, hugepages.must_be_asked_for(), arm64, two_bits)
 
 
 def axes(facts: Facts, *, inexact: bool = False) -> Iterator[tuple[str, tuple[Change, ...] | None]]:
@@ -84,7 +73,7 @@ def axes(facts: Facts, *, inexact: bool = False) -> Iterator[tuple[str, tuple[Ch
     elif inexact and facts.two_bits:
         yield "kernels", (Change("2-bit look-up tables", options={"mlas.use_lut_gemm": "1"}),)
     if facts.huge_pages:
-        yield "pages", (Change("huge pages", environment=HUGE),)
+        yield "pages", (Change("small pages", environment=SMALL_PAGES),)
 
 
 def thread_counts(facts: Facts) -> tuple[int, ...]:

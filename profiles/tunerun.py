@@ -25,6 +25,7 @@ from rlkit.profiles.tune import SECONDS, Clock, Outcome, Sample, tune
 from rlkit.profiles.worker import Worker
 from rlkit.recover.atomic import write_json
 from rlkit.recover.progress import Tell, silent
+from rlkit.runtime import hugepages
 from rlkit.runtime.folder import read_bundle, threads_here
 from rlkit.runtime.tuned import OVERRIDE, Tuned, machine_facts
 
@@ -148,7 +149,7 @@ class Workers:
         self._count += 1
         path = Path(self._folder.name, f"{self._count}.json")
         write_json(path, tuned.to_json())
-        variables = {**tuned.environment, OVERRIDE: str(path)}
+        variables = {**hugepages.variables(), **tuned.environment, OVERRIDE: str(path)}
         with worker.start(str(self._bundle), worker.command(self._bundle), variables) as opened:
             yield opened
 

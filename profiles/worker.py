@@ -24,6 +24,7 @@ from rlkit.profiles.bench import Generate, Measurement, Plan, Subject, Work, mea
 from rlkit.profiles.bundle import read_size
 from rlkit.recover.memory import peak_nbytes
 from rlkit.recover.progress import Tell, silent
+from rlkit.runtime import hugepages
 from rlkit.runtime.tuned import environment_for
 
 
@@ -151,16 +152,18 @@ def measure_bundles(
         subjects = []
         for name, bundle, size in zip(names, bundles, sizes, strict=True):
             worker = stack.enter_context(
-                start(name, command(bundle, where.device, where.threads), _tuned(bundle, where))
+                start(name, command(bundle, where.device, where.threads), environment(bundle, where))
             )
             ends = worker.generate, worker.peak_nbytes, size.nbytes_at
             subjects.append(Subject(name, *ends, worker.threads, worker.provider))
         return measure(subjects, shared, tell)
 
 
-def _tuned(bundle: Path, where: Setting) -> dict[str, str]:
-    """What `rlkit tune` found that only works from a process's start; nothing where something else was asked for."""
-    return environment_for(bundle) if where.device == "cpu" and where.threads is None else {}
+def environment(bundle: Path, where: Setting) -> dict[str, str]:
+    """What only works from a process's start: huge pages, and what `rlkit tune` found unless threads were asked for."""
+    if where.device != "cpu":
+        return {}
+    return {**hugepages.variables(), **(environment_for(bundle) if where.threads is None else {})}
 
 
 def _names(bundles: Sequence[Path]) -> list[str]:

@@ -243,7 +243,7 @@ def _memory(here: Machine) -> Iterator[Finding]:
     if here.huge_pages is not None:
         about = {
             "always": "given unasked",
-            "madvise": "given to who asks for them (GLIBC_TUNABLES=glibc.malloc.hugetlb=1); rlkit tune tries it",
+            "madvise": "given to who asks for them, as run, chat, serve and bench do (glibc.malloc.hugetlb)",
             "never": "switched off",
         }
         yield Finding("memory", "huge pages", Level.OK, about.get(here.huge_pages, here.huge_pages))

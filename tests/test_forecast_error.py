@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from rlkit.apps.benchmarks import forecast_error
-from rlkit.profiles import places
+from rlkit.apps.benchmarks.devices.items import plain
+from rlkit.profiles import places, standard
 from rlkit.profiles.rates import Peaks
 from rlkit.recover import recipe as recipes
-from rlkit.recover import standin
 from rlkit.recover.atomic import write_json
 from rlkit.recover.progress import silent
 from rlkit.recover.source import ModelShape
@@ -32,8 +32,8 @@ def test_errors_are_relative_to_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_random_codes_have_no_corrections() -> None:
-    assert all(not rule.scheme.adapter_rank for rule in forecast_error.plain("w4w2-gateup").rules)
-    assert [rule.match for rule in forecast_error.plain("w4").rules] == [r.match for r in recipes.load("w4").rules]
+    assert all(not rule.scheme.adapter_rank for rule in plain("w4w2-gateup").rules)
+    assert [rule.match for rule in plain("w4").rules] == [r.match for r in recipes.load("w4").rules]
 
 
 def test_an_unknown_shape_is_one_line() -> None:
@@ -42,7 +42,7 @@ def test_an_unknown_shape_is_one_line() -> None:
 
 
 def test_a_bundle_is_measured_at_every_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(standin.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(standard.MODELS, "tiny", TINY)
     rows = forecast_error._rows("tiny", "w4", PLACE, [0, 64], 1, tmp_path, silent)
     assert [(row["kind"], row["depth"]) for row in rows] == [("ttft", 0), ("tpot", 0), ("tpot", 64)]
     assert all(row["measured_seconds"] > 0 for row in rows)

@@ -13,6 +13,7 @@ from rlkit.profiles import options, tune
 from rlkit.profiles.options import Change, Facts
 from rlkit.profiles.tune import Outcome, Sample, Verdict
 from rlkit.recover.progress import Progress
+from rlkit.runtime import hugepages
 from rlkit.runtime.tuned import Tuned
 
 FOUR = Facts(tuple(range(8)), (0, 2, 4, 6), 4, limited=False, huge_pages=True, arm64=False, two_bits=True)
@@ -62,11 +63,11 @@ def test_what_is_faster_wins_and_adds_up() -> None:
         return spinning * (1.3 if tuned.threads == 3 else 1.0) * (1.1 if tuned.environment else 1.0)
 
     found = search(Fake(speed))
-    assert found.tuned == Tuned(3, {SPIN: "0"}, options.HUGE)
-    assert labels(found, won=True) == ["3 threads", "no spinning", "huge pages"]
+    assert found.tuned == Tuned(3, {SPIN: "0"}, options.SMALL_PAGES)
+    assert labels(found, won=True) == ["3 threads", "no spinning", "small pages"]
     assert found.against is not None and found.against.cost == pytest.approx(1 / 1.56)
     again = [(trial.label, trial.won) for trial in found.trials if trial.axis == tune.AGAIN]
-    assert again == [(f"3 threads, {SPIN}=0", True), ("GLIBC_TUNABLES=glibc.malloc.hugetlb=1", True)]
+    assert again == [(f"3 threads, {SPIN}=0", True), ("GLIBC_TUNABLES=glibc.malloc.hugetlb=0", True)]
     assert not found.left_out
 
 
@@ -227,15 +228,15 @@ def test_other_kernels_are_tried_only_where_asked_for() -> None:
 
 def test_pages_are_tried_where_they_have_to_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pages" in changes(FOUR) and "pages" not in changes(TWO)
-    monkeypatch.setattr(options.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(hugepages.platform, "libc_ver", lambda: ("glibc", "2.36"))
     for text, asks in (("always [madvise] never", True), ("[always] madvise never", False), ("", False)):
         (tmp_path / "enabled").write_text(text)
-        assert options._asks_for_huge_pages(tmp_path / "enabled") is asks
-    assert not options._asks_for_huge_pages(tmp_path / "nowhere")
+        assert hugepages.must_be_asked_for(tmp_path / "enabled") is asks
+    assert not hugepages.must_be_asked_for(tmp_path / "nowhere")
     for libc in (("glibc", "2.31"), ("", ""), ("musl", "1.2")):
-        monkeypatch.setattr(options.platform, "libc_ver", lambda libc=libc: libc)
+        monkeypatch.setattr(hugepages.platform, "libc_ver", lambda libc=libc: libc)
         (tmp_path / "enabled").write_text("always [madvise] never")
-        assert not options._asks_for_huge_pages(tmp_path / "enabled")
+        assert not hugepages.must_be_asked_for(tmp_path / "enabled")
 
 
 def test_affinity_numbers_processors_from_one_and_leaves_the_first_thread_alone() -> None:

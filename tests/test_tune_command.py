@@ -23,11 +23,11 @@ from rlkit.runtime.tuned import Tuned
 SPIN = {"session.intra_op.allow_spinning": "0"}
 WON = Verdict(0.8, 0.9, 0.7, 0.01, 7, 7)
 FOUND = Outcome(
-    Tuned(1, SPIN, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
+    Tuned(1, SPIN, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}),
     Tuned(2),
     WON,
     (Trial("spinning", "no spinning", WON, True), Trial("threads", "9 threads", None, False, "it ended")),
-    ("huge pages",),
+    ("small pages",),
     61.0,
 )
 
@@ -74,7 +74,7 @@ def test_what_was_found_is_kept_and_used(
     assert f"kept in {tuned.path_of(bundle)}" in text
     assert "best here: 1 thread" in text and "prompts +11.1 %, replies +42.9 % tokens/s" in text
     assert (
-        "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 rlkit run" in text and "not tried for want of time: huge pages" in text
+        "GLIBC_TUNABLES=glibc.malloc.hugetlb=0 rlkit run" in text and "not tried for want of time: small pages" in text
     )
     assert "it ended" in text
     session = open_bundle(bundle)
@@ -86,7 +86,7 @@ def test_a_dry_run_keeps_nothing(bundle: Path, measured: list[Any], capsys: pyte
     command.tune(bundle, dry_run=True, json=True)
     answer = json.loads(capsys.readouterr().out)
     assert answer["file"] is None and answer["changed"] is True and answer["threads"] == 1
-    assert answer["trials"][0]["verdict"]["cost"] == 0.8 and answer["left_out"] == ["huge pages"]
+    assert answer["trials"][0]["verdict"]["cost"] == 0.8 and answer["left_out"] == ["small pages"]
     assert tuned.settings_for(bundle) is None
 
 

@@ -20,17 +20,17 @@ from typing import Annotated, Any
 import typer
 
 from rlkit.apps import console
+from rlkit.apps.benchmarks.devices.items import plain
 from rlkit.profiles import bench, device, here, places, worker
 from rlkit.profiles.forecast import Workload, forecast
 from rlkit.profiles.machine import measure_machine
 from rlkit.profiles.operators import Adapters
-from rlkit.recover import recipe as recipes
+from rlkit.profiles.standard import MODELS
 from rlkit.recover.atomic import write_json
 from rlkit.recover.progress import Tell
 from rlkit.recover.source import ModelShape, read_json
 from rlkit.runtime.probe import Trials
 
-SMOLLM2 = ModelShape("LlamaForCausalLM", 30, 576, 1536, 9, 3, 64, 49_152, True, 8192, False)
 RECIPES = ("w8", "w4", "w4w2-gateup")
 PROMPT, NEW = 512, 32
 TPOT_BAR, TTFT_BAR, WORST_BAR = 0.10, 0.15, 0.30  # medians of the absolute error, and of any
@@ -85,21 +85,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def shape_named(name: str) -> ModelShape:
     """A shape by name; ValueError naming them."""
-    from rlkit.recover.standin import SHAPES
-
-    known = {"smollm2-135m": SMOLLM2, **SHAPES}
-    if name not in known:
-        raise ValueError(f"no shape {name!r}; use {', '.join(known)}")
-    return known[name]
-
-
-def plain(name: str) -> recipes.Recipe:
-    """A named recipe without its corrections, whose random codes would have none."""
-    chosen = recipes.load(name)
-    rules = tuple(
-        recipes.Rule(rule.match, recipes.Scheme(rule.scheme.bits, rule.scheme.group)) for rule in chosen.rules
-    )
-    return recipes.Recipe(chosen.name, rules)
+    if name not in MODELS:
+        raise ValueError(f"no shape {name!r}; use {', '.join(MODELS)}")
+    return MODELS[name]
 
 
 def _rows(

@@ -19,7 +19,7 @@ import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +45,7 @@ class Side:
     name: str
     command: list[str]
     nbytes_at: Callable[[int], int | None]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def main(  # noqa: PLR0913, one parameter per option of the command
@@ -69,7 +70,7 @@ def main(  # noqa: PLR0913, one parameter per option of the command
     with contextlib.ExitStack() as stack, console.progress(quiet=json) as tell:
         subjects = []
         for each in made:
-            running = stack.enter_context(worker.start(each.name, each.command))
+            running = stack.enter_context(worker.start(each.name, each.command, each.environment))
             subjects.append(bench.Subject(each.name, running.generate, running.peak_nbytes, each.nbytes_at))
         measured = bench.measure(subjects, plan, tell)
         read = machine.measure_read(threads, seconds=2.0)
@@ -92,7 +93,8 @@ def side(name: str, shape_name: str, shape: ModelShape, out: Path, room: int, pe
     """A side by name, its model made if it is not there; ValueError naming the sides."""
     if name in ("w4w2", "w4"):
         folder = random_bundle(shape_name, name, out)
-        return Side(name, worker.command(folder), read_size(folder).nbytes_at)
+        ours = worker.environment(folder, worker.Setting())
+        return Side(name, worker.command(folder), read_size(folder).nbytes_at, ours)
     if name == "stock":
         folder = out / f"{shape_name}-stock"
         if not (folder / "genai_config.json").is_file():

@@ -246,7 +246,7 @@ def tiny_bundle(out: Path) -> Path:
     """A bundle of a tiny random model, made once."""
     folder = out / "tiny"
     if not folder.is_dir():
-        from rlkit.apps.benchmarks.forecast_error import plain
+        from rlkit.apps.benchmarks.devices.items import plain
         from rlkit.export.build import export_bundle
         from rlkit.recover.standin import write_packed
 
