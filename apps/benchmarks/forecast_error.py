@@ -151,12 +151,25 @@ def _show(found: dict[str, Any]) -> None:
     ]
     columns = ("shape", "recipe", "test", "measured, ms", "forecast, ms", "error", "bytes/bandwidth")
     console.table(columns, cells, title="forecast of the calibrated machine")
+    shapes = dict.fromkeys(row["shape"] for row in found["rows"])
+    parts = [_shape_cells(shape, summary([row for row in found["rows"] if row["shape"] == shape])) for shape in shapes]
+    columns = ("shape", "TPOT: median, worst", "bytes/bandwidth", "TTFT: median, worst", "bytes/bandwidth")
+    console.table(columns, parts, title="absolute errors by shape, none of which calibration has seen")
     for kind, bar in (("tpot", TPOT_BAR), ("ttft", TTFT_BAR)):
         if f"{kind}_error" in found:
             ours, theirs = found[f"{kind}_error"], found[f"{kind}_baseline_error"]
             words = f"{kind.upper()}: median error {100 * ours['median']:.0f} % (bar {100 * bar:.0f} %), worst "
             words += f"{100 * ours['worst']:.0f} % (bar {100 * WORST_BAR:.0f} %); bytes over bandwidth "
             console.emit(words + f"{100 * theirs['median']:.0f} % and {100 * theirs['worst']:.0f} %")
+
+
+def _shape_cells(shape: str, found: dict[str, Any]) -> tuple[str, ...]:
+    cells = [shape]
+    for kind in ("tpot", "ttft"):
+        ours, theirs = found.get(f"{kind}_error"), found.get(f"{kind}_baseline_error")
+        both = "" if ours is None else f"{100 * ours['median']:.0f} %, {100 * ours['worst']:.0f} %"
+        cells += [both, "" if theirs is None else f"{100 * theirs['median']:.0f} %"]
+    return tuple(cells)
 
 
 if __name__ == "__main__":
