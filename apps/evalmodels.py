@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit.apps import console, heldout
+from rlkit.apps import heldout
 from rlkit.apps.heldout import HeldOut
 from rlkit.apps.scorers import Tokens as Tokenizer
 from rlkit.apps.scorers import fingerprint, scorer_for
@@ -20,7 +20,7 @@ from rlkit.profiles import evaluation
 from rlkit.profiles.divergence import Divergence, LogitsFn
 from rlkit.profiles.taskscore import Scorer
 from rlkit.recover import assets, cache, memory, source
-from rlkit.recover.atomic import sha256
+from rlkit.recover.atomic import sha256, write_json
 from rlkit.recover.progress import Tell, silent
 from rlkit.recover.source import Source, SourceKind
 
@@ -71,10 +71,8 @@ class Candidate:
         with contextlib.ExitStack() as stack:
 
             def opened() -> tuple[Scorer, evaluation.Tokens]:
+                stack.callback(memory.give_back)  # after it is closed
                 judge = stack.enter_context(scorer_for(self.model.reference, **self.ways.of(self.model), tell=tell))
-                stack.callback(memory.give_back)
-                if judge.tokens.bos is None and judge.tokens.eos is not None:
-                    console.say(f"{self.name}: the tokenizer has no BOS; a text without context begins after its EOS")
                 return judge.scorer, _tokens(judge.tokens, judge.facts.context_length)
 
             yield evaluation.Subject(self.name, self.identity, opened)
@@ -84,14 +82,16 @@ def _tokens(tokens: Tokenizer, limit: int) -> evaluation.Tokens:
     return evaluation.Tokens(tokens.encode_special, limit, tokens.prefix)
 
 
-def candidates(references: Sequence[str], ways: Ways, tell: Tell = silent) -> list[Candidate]:
+def candidates(
+    references: Sequence[str], ways: Ways, tell: Tell = silent, *, download: bool = False
+) -> list[Candidate]:
     """Models by reference, each once, in order, with names as short as they can be told apart.
 
-    Raises FileNotFoundError or ValueError for what is no model.
+    With `download`, assets are fetched that are not kept. Raises FileNotFoundError or ValueError for what is no model.
     """
     found: dict[Path, Source] = {}
     for reference in references:
-        model = source.resolve(reference, download=reference in assets.registry(), tell=tell)
+        model = source.resolve(reference, download=download and reference in assets.registry(), tell=tell)
         found.setdefault(model.file.resolve(), model)
     bare = [_bare(model) for model in found.values()]
     names = [
@@ -106,41 +106,56 @@ def _bare(model: Source) -> str:
     return path.resolve().name if path.exists() else model.reference
 
 
-def stick(reference: Source, text: str, min_tokens: int) -> HeldOut:
-    """Where the reference's logits on a text are kept."""
-    if reference.kind is not SourceKind.BUNDLE:
-        return heldout.find(reference, text, min_tokens=min_tokens)
+def stick(reference: Candidate, text: str, min_tokens: int) -> HeldOut:
+    """Where the reference's logits on a text are kept. Raises FileNotFoundError if there is no such text."""
+    if reference.model.kind is not SourceKind.BUNDLE:
+        return heldout.find(reference.model, text, min_tokens=min_tokens)
     kept = heldout.find_text(text)
-    stamp = f"{fingerprint(reference, 'logits')}{sha256(kept)}{min_tokens}"
-    identity = hashlib.sha256(stamp.encode()).hexdigest()
+    identity = hashlib.sha256(f"{reference.identity}{sha256(kept)}{min_tokens}".encode()).hexdigest()
     name = text if text == heldout.BUILTIN else ""
     return HeldOut(kept, cache.cache_folder() / "held-out" / identity[:16], identity, min_tokens, name)
 
 
-def keep_reference(held_out: HeldOut, reference: Source, tell: Tell = silent) -> None:
+def keep_reference(held_out: HeldOut, reference: Candidate, tell: Tell = silent) -> None:
     """Make sure the reference's logits are kept; it is loaded only if they are not."""
     if not held_out.ready:
         heldout.keep(held_out, _loaded(reference), tell)
         memory.give_back()
 
 
-def divergence(held_out: HeldOut, model: Source, tell: Tell = silent) -> Divergence | str:
-    """How far a model is from the reference; or why that cannot be said, as of a model of another vocabulary."""
+def divergence(held_out: HeldOut, candidate: Candidate, folder: Path, tell: Tell = silent) -> Divergence | str:
+    """How far a model is from the reference; or why that cannot be said, as of a model of another vocabulary.
+
+    Kept in `folder`, as the results on items are. Torch models run in the type and on the device of `heldout.load`.
+    """
+    digest = hashlib.sha256(f"{candidate.identity}{held_out.identity}".encode()).hexdigest()
+    kept = folder / "divergence" / f"{digest[:32]}.json"
+    with contextlib.suppress(ValueError, OSError, KeyError):
+        return Divergence.from_json(source.read_json(kept))
     try:
-        logits, _encode = _loaded(model)
-        return held_out.divergence(logits, tell)
+        bundle = candidate.model.kind is SourceKind.BUNDLE
+        logits = _bundle_logits(candidate) if bundle else _loaded(candidate)[0]
+        found = held_out.divergence(logits, tell)
     except ValueError as error:
         return " ".join(str(error).split())
     finally:
         memory.give_back()
+    write_json(kept, found.to_json())
+    return found
 
 
-def _loaded(model: Source) -> tuple[LogitsFn, heldout.Encode]:
-    if model.kind is not SourceKind.BUNDLE:
-        return heldout.load(model)
-    return heldout.logits_of(model.path), _encode_of(model)
+def _loaded(candidate: Candidate) -> tuple[LogitsFn, heldout.Encode]:
+    if candidate.model.kind is not SourceKind.BUNDLE:
+        return heldout.load(candidate.model)
+    with scorer_for(candidate.model.reference) as judge:  # its tokenizer outlives it
+        encode = judge.tokens.encode_special
+    return _bundle_logits(candidate), encode
 
 
-def _encode_of(bundle: Source) -> heldout.Encode:
-    with scorer_for(bundle.reference) as judge:
-        return judge.tokens.encode_special
+def _bundle_logits(candidate: Candidate) -> LogitsFn:
+    from rlkit.export.plan import default_threads
+    from rlkit.runtime.plain import Plain
+
+    folder, ways = candidate.model.path, candidate.ways
+    decoder = source.read_json(folder / "genai_config.json")["model"]["decoder"]
+    return Plain(folder, decoder, ways.threads or default_threads(), ways.kv).logits

@@ -15,6 +15,7 @@ import typer
 
 from rlkit.apps import console, evalmodels, heldout
 from rlkit.apps.evalmodels import Candidate, Ways
+from rlkit.apps.heldout import HeldOut
 from rlkit.profiles import evalreport, tasks
 from rlkit.profiles.evalreport import Evaluation, ModelResult
 from rlkit.profiles.evaluation import Store, evaluate, sized
@@ -65,18 +66,18 @@ def run_eval(  # noqa: PLR0913, one parameter per option of the command
     wanted = _Wanted(tasks.find(asked), _limit(limit), _points(width), seed)
     references = list(dict.fromkeys(filter(None, [against, quantized, model, *(compare or [])])))
     ways = Ways(device, dtype, kv, workers, threads)
-    if against is not None:
-        heldout.find_text(text)
+    if quantized is not None and against is None:
+        raise ValueError("--quantized is for the recovery, which needs the full model too; name it with --against")
     with console.progress(quiet=json) as tell:
-        models = evalmodels.candidates(references, ways, tell)
-        roles = _Roles(*(_named(models, name, ways, tell) for name in (against, quantized)))
+        models = evalmodels.candidates(references, ways, tell, download=not dry_run)
+        roles = _Roles(*(_named(models, name, ways) for name in (against, quantized)))
         if dry_run:
             _say_plan(wanted, models, json=json)
             return
-        chosen = wanted.load(tell, quiet=json)
-        found = _evaluated(wanted, chosen, models, roles, tell)
-        if roles.full is not None:
-            found = _diverged(found, models, roles.full, (text, min_tokens), tell)
+        held_out = None if roles.full is None else _reference(models, roles.full, (text, min_tokens), tell)
+        found = _evaluated(wanted, wanted.load(tell, quiet=json), models, roles, tell)
+        if held_out is not None:
+            found = _diverged(found, models, held_out, tell)
     _finish(found, output, html, json=json)
 
 
@@ -134,11 +135,11 @@ def _points(width: float) -> float:
     return width / 100
 
 
-def _named(models: Sequence[Candidate], reference: str | None, ways: Ways, tell: Tell) -> str | None:
+def _named(models: Sequence[Candidate], reference: str | None, ways: Ways) -> str | None:
     """The name that a reference has among the models."""
     if reference is None:
         return None
-    (alone,) = evalmodels.candidates([reference], ways, tell)
+    (alone,) = evalmodels.candidates([reference], ways)
     return next(model.name for model in models if model.model.file.resolve() == alone.model.file.resolve())
 
 
@@ -173,17 +174,20 @@ def _about(chosen: Sequence[Task]) -> tuple[str, ...]:
     return (f"Scored by, and items: {rules}", f"{made}: rlkit {shlex.join(sys.argv[1:])}")
 
 
-def _diverged(
-    found: Evaluation, models: Sequence[Candidate], full: str, text: tuple[str, int], tell: Tell
-) -> Evaluation:
-    """The same with every model's divergence from the full one."""
-    reference = next(model.model for model in models if model.name == full)
+def _reference(models: Sequence[Candidate], full: str, text: tuple[str, int], tell: Tell) -> HeldOut:
+    """The full model's logits on a text, kept: first of all, as what fails here should not fail after hours."""
+    reference = next(model for model in models if model.name == full)
     held_out = evalmodels.stick(reference, *text)
     evalmodels.keep_reference(held_out, reference, tell)
+    return held_out
+
+
+def _diverged(found: Evaluation, models: Sequence[Candidate], held_out: HeldOut, tell: Tell) -> Evaluation:
+    """The same with every model's divergence from the full one."""
     results = []
     for candidate, result in zip(models, found.models, strict=True):
-        if candidate.name != full:
-            measured = evalmodels.divergence(held_out, candidate.model, tell)
+        if candidate.name != found.full:
+            measured = evalmodels.divergence(held_out, candidate, _store().folder, tell)
             told = {"why": measured} if isinstance(measured, str) else {"divergence": measured}
             result = replace(result, **told)
         results.append(result)

@@ -101,6 +101,8 @@ class Evaluation:
 
     def mean(self, tasks: Sequence[str], model: str) -> Interval:
         """A model's mean score."""
+        if len(tasks) == 1:
+            return self.model(model).task(tasks[0]).interval(self.seed)
         return self._of(intervals.mean, tasks, (model,))
 
     def difference(self, tasks: Sequence[str], model: str) -> Interval:
@@ -221,6 +223,7 @@ def items(found: Evaluation) -> Table:
         for result in model.tasks:
             said = [f"{count} left out: {why}" for why, count in result.left_out.items()]
             said += [f"{result.cut} cut from the left to fit the context"] if result.cut else []
+            said += [f"{result.bare} without context, begun after BOS or, without one, EOS"] if result.bare else []
             said += [f"{result.ties} ties, the first choice taken"] if result.ties else []
             if said:
                 rows.append((model.name, result.spec.title, "; ".join(said)))

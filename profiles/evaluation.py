@@ -11,12 +11,13 @@ continuation alone does not fit, or has nothing before it that a model could sta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ class TaskResult:
     """A model's results on the items `ids` of a task that has `total`; more is better in `scores`, None is left out.
 
     Scores are 0 and 1, or bits per byte with their sign turned. `left_out` counts items by reason; `cut` those whose
-    context was cut; `reused` those that were there already. `seconds` were spent on the others.
+    context was cut; `bare` those without one, begun after the model's first token; `reused` those that were there
+    already. `seconds` were spent on the others.
     """
 
     spec: Spec
@@ -102,6 +104,7 @@ class TaskResult:
     bits_per_byte: tuple[float | None, ...]
     ties: int = 0
     cut: int = 0
+    bare: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     reused: int = 0
     seconds: float = 0.0
@@ -111,15 +114,23 @@ class TaskResult:
         """The scores (items, 1) that count."""
         return np.array([[score] for score in self.scores if score is not None]).reshape(-1, 1)
 
+    @property
+    def wilson(self) -> intervals.Interval | None:
+        """The accuracy with Wilson's interval; None where there is none."""
+        counts = self.spec.rule is not Rule.BITS and len(self.column)
+        return intervals.wilson(float(self.column.sum()), len(self.column)) if counts else None
+
     def interval(self, seed: int = 0) -> intervals.Interval:
-        """The mean score with its bootstrap interval."""
+        """The mean score with its bootstrap interval; with Wilson's where all items came out alike, as none differs."""
         if not len(self.column):
             return intervals.Interval(None, why="every item was left out")
-        return intervals.mean([self.column], seed)
+        alike, wilson = len(np.unique(self.column)) == 1, self.wilson
+        return wilson if alike and wilson is not None else intervals.mean([self.column], seed)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         table = asdict(self)
+        table["wilson"] = None if self.wilson is None else self.wilson.to_json()
         table["spec"] = {**asdict(self.spec), "group": str(self.spec.group), "rule": str(self.spec.rule)}
         return table
 
@@ -278,6 +289,7 @@ class _Asked:
 
 def _asked(item: Item, tokens: Tokens, *, plain: bool) -> _Asked | str:
     """What to ask a model for an item; or why it cannot be asked."""
+    tokens = replace(tokens, encode=functools.cache(tokens.encode))  # its choices share their context
     if plain and item.unconditional is None:
         return "no context without the question, which the rule needs"
     found = [tokens.fitted(tokens.pair(*both)) for both in item.pairs()]
@@ -333,6 +345,7 @@ def _result(task: Task, known: dict[str, Scored], left: dict[str, str], effort: 
         bits_per_byte=tuple(verdict.bits_per_byte for verdict in verdicts),
         ties=sum(verdict.tied for verdict in verdicts),
         cut=sum(known[item.id].cut > 0 for item in task.items if item.id not in left),
+        bare=sum(not context.strip() for item in task.items if item.id not in left for context, _ in item.pairs()[:1]),
         left_out=dict(Counter(verdict.why for verdict in verdicts if verdict.why)),
         reused=effort[0],
         seconds=effort[1],

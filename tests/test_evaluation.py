@@ -219,6 +219,40 @@ def test_a_context_of_one_token_predicts_nothing() -> None:
         Tokens(lambda _text: [], 1)
 
 
+def test_an_empty_context_is_counted(store: Store) -> None:
+    items = [Item("0", "", ("a", "b"), 1), Item("1", "Q", ("a", "b"), 1), Item("2", "", ("", "b"), 1)]
+    (result,) = evaluate([benchmarks.task(items)], Speaker(lambda *_: -1.0).subject(), store)
+    assert result.bare == 1 and result.left_out == {EMPTY: 1}
+
+
+@pytest.mark.parametrize(("right", "low"), [(100, 0.963), (0, 0.0)])
+def test_where_all_come_out_alike_the_interval_is_wilsons(store: Store, right: int, low: float) -> None:
+    (result,) = evaluate([benchmarks.task(SUMS)], Speaker(knowing(lambda n: n < right)).subject(), store)
+    assert result.interval() == result.wilson
+    assert result.interval().low == pytest.approx(low, abs=1e-3) and result.interval().half_width > 0.01  # type: ignore[operator]
+
+
+def test_wilson_stands_beside_the_bootstrap(store: Store) -> None:
+    (result,) = evaluate([benchmarks.task(SUMS)], Speaker(knowing(lambda n: n < 60)).subject(), store)
+    assert result.wilson is not None and result.wilson != result.interval()
+    assert result.wilson.value == result.interval().value == 0.6
+    assert result.to_json()["wilson"]["low"] == pytest.approx(0.502, abs=1e-3)
+    bits = benchmarks.task([Item("0", "Q", (" abcd",), 0)], "bits", Rule.BITS)
+    assert evaluate([bits], Speaker(lambda *_: -1.0).subject(), store)[0].to_json()["wilson"] is None
+
+
+def test_choices_share_the_ids_of_their_context(store: Store) -> None:
+    encoded: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        encoded.append(text)
+        return [ord(char) for char in text]
+
+    subject = Subject("one", "one", lambda: (Speaker(lambda *_: -1.0), Tokens(encode, 100, 1)))
+    evaluate([benchmarks.task(SUMS[:3])], subject, store)
+    assert len(encoded) == 3 * 5  # a context and four choices behind it
+
+
 def test_bits_per_byte_count_with_their_sign_turned(store: Store) -> None:
     task = benchmarks.task([Item("0", "Q", (" abcd",), 0), Item("1", "R", (" ab",), 0)], rule=Rule.BITS)
     (result,) = evaluate([task], Speaker(lambda *_: -4 * float(np.log(2))).subject(), store)

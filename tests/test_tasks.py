@@ -201,3 +201,12 @@ def test_samples_are_nested_and_keep_their_order() -> None:
 def test_an_item_that_does_not_fit_itself(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="item 5"):
         replace(Item("5", "Q?", (" a", " b"), 0), **change)
+
+
+def test_the_documentation_names_every_task_with_its_rule_items_and_licence() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for spec in tasks.find("all"):
+        line = next(line for line in text.splitlines() if line.startswith(f"| {spec.name} |"))
+        group = {Group.REGULAR: "| in distribution |", Group.OOD: "| out of distribution |", Group.MORE: ""}[spec.group]
+        wanted = (f"| {spec.title}: {spec.about} |", f"| {spec.rule} |", f"| {spec.items:,} |", f"| {spec.licence} |")
+        assert all(part in line for part in (*wanted, group)), line
