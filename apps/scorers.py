@@ -3,6 +3,7 @@
     with scorer_for("smollm2-135m") as model:
         context = model.tokens.encode("The capital of France is")
         model.scorer.score([(context, model.tokens.encode(" Paris")), (context, model.tokens.encode(" Rome"))])
+        model.tokens.decode(model.reply(context, 8))
 
 Float models and checkpoints run in torch, bundles in plain onnxruntime on the CPU.
 """
@@ -62,12 +63,35 @@ class Tokens:
         return self.eos if self.bos is None else self.bos
 
 
-class Judge:
-    """A scorer, its tokenizer, and what is known of the model; use it in a with statement, or close it."""
+Reply = Callable[[Sequence[int], int], list[int]]
+"""Prompt ids and the most new tokens -> the likeliest reply's ids, without the token that ends it."""
 
-    def __init__(self, scorer: Scorer, tokens: Tokens, facts: Facts, stack: ExitStack) -> None:
+
+class Judge:
+    """A scorer, its tokenizer, and what is known of the model; use it in a with statement, or close it.
+
+    `opening` makes what replies; a bundle's is opened when it is first asked.
+    """
+
+    def __init__(
+        self, scorer: Scorer, tokens: Tokens, facts: Facts, opening: Callable[[], Reply], stack: ExitStack
+    ) -> None:
         self.scorer, self.tokens, self.facts = scorer, tokens, facts
-        self._stack = stack
+        self._opening, self._stack = opening, stack
+        self._reply: Reply | None = None
+
+    def reply(self, ids: Sequence[int], most: int) -> list[int]:
+        """The likeliest reply to a prompt, at most so many new tokens and what the context holds; stop tokens end it.
+
+        Raises ValueError for an empty prompt and for one that leaves no room.
+        """
+        room = self.facts.context_length - len(ids)
+        if not ids or room < 1:
+            why = f"a prompt of {len(ids)} tokens in a context of {self.facts.context_length}"
+            raise ValueError(f"{why} cannot be replied to; give at least one token and leave room for one")
+        if self._reply is None:
+            self._reply = self._opening()
+        return self._reply(ids, min(most, room))
 
     def close(self) -> None:
         """End processes and give memory back."""
@@ -118,13 +142,22 @@ def _bundle(found: Source, workers: int, threads: int | None, kv: str | None) ->
     scorer = stack.enter_context(BundleScorer(found.path, workers=workers, threads=threads, kv=kv))
     mark = fingerprint(found, f"kv={kv or 'float'}")
     vocab = int(config["model"]["vocab_size"])
-    return Judge(scorer, tokens, Facts(found.reference, "bundle", mark, scorer.context_length, vocab, "cpu", ""), stack)
+    facts = Facts(found.reference, "bundle", mark, scorer.context_length, vocab, "cpu", "")
+
+    def opening() -> Reply:
+        from rlkit.runtime.session import open_bundle
+
+        session = open_bundle(found.path, threads=threads, kv=kv)
+        stack.callback(session.close)
+        return lambda ids, most: [token.id for token in session.generate(list(ids), most)]
+
+    return Judge(scorer, tokens, facts, opening, stack)
 
 
 def _torch(found: Source, device: str, dtype: str | None, threads: int | None) -> Judge:
     from rlkit.recover.checkpoint import load_checkpoint
     from rlkit.recover.model import load_model
-    from rlkit.recover.torchscorer import placed, torch_scorer
+    from rlkit.recover.torchscorer import placed, replies, torch_scorer
 
     loaded, tokenizer = load_checkpoint(found.path) if found.kind is SourceKind.CHECKPOINT else load_model(found)
     model = placed(loaded, device, dtype, threads)
@@ -140,7 +173,7 @@ def _torch(found: Source, device: str, dtype: str | None, threads: int | None) -
     mark = fingerprint(found, f"dtype={kind}")
     vocab = int(model.config.get_text_config().vocab_size)
     facts = Facts(found.reference, str(found.kind), mark, scorer.context_length, vocab, str(model.device), kind)
-    return Judge(scorer, tokens, facts, ExitStack())
+    return Judge(scorer, tokens, facts, lambda: replies(model), ExitStack())
 
 
 def _tokens_of_folder(folder: Path, model: dict[str, Any]) -> Tokens:

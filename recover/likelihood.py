@@ -22,6 +22,7 @@ from rlkit.recover.prefixes import Ask, Ids, Node, common, tree
 
 KEPT_LEAST = 32  # tokens of a beginning that is worth keeping for the next call
 KEPT_COUNT = 4
+KEPT_IDS = 4096  # of all that is kept: 600 MB of a model of 4 billion parameters
 JUDGED_VALUES = 2**22  # logits that become probabilities at a time, 16 MB
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -163,7 +164,8 @@ class Likelihood:
     def _keep(self, ids: Ids, past: Any) -> None:
         if len(ids) >= KEPT_LEAST:
             self._kept.append(_Kept(ids, past))
-            del self._kept[: -self._most or None]
+        while len(self._kept) > self._most or sum(len(kept.ids) for kept in self._kept) > KEPT_IDS:
+            del self._kept[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -204,21 +206,22 @@ def _judge(node: Node, skipped: int, logits: NDArray[np.float32], found: list[_J
         return
     _, rows = np.unique([read.position for read in node.reads], return_inverse=True)
     tokens = np.array([read.token for read in node.reads])
-    logprobs, likeliest = logits[rows, tokens] - _norms(logits)[rows], logits.argmax(axis=-1)
+    likeliest = logits.argmax(axis=-1)
+    logprobs = logits[rows, tokens] - _norms(logits, likeliest)[rows]
     for read, logprob, same in zip(node.reads, logprobs, likeliest[rows] == tokens, strict=True):
         found[read.ask].logprobs[read.number] = logprob
         found[read.ask].greedy[read.number] = same
 
 
-def _norms(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The logarithm of the sum of exp over each row of logits (n, V)."""
+def _norms(logits: NDArray[np.float32], likeliest: NDArray[np.intp]) -> NDArray[np.float32]:
+    """The logarithm of the sum of exp over each row of logits (n, V), whose largest are at `likeliest`."""
+    highest = np.take_along_axis(logits, likeliest[:, None], axis=-1)
     found = np.empty(len(logits), np.float32)
     step = max(1, JUDGED_VALUES // logits.shape[1])
     for start in range(0, len(logits), step):
-        some = logits[start : start + step]
-        highest = some.max(axis=-1)
-        found[start : start + step] = highest + np.log(np.exp(some - highest[:, None]).sum(axis=-1))
-    return found
+        shifted = logits[start : start + step] - highest[start : start + step]
+        found[start : start + step] = np.log(np.exp(shifted, out=shifted).sum(axis=-1))
+    return found + highest[:, 0]
 
 
 def asks_of(pairs: Sequence[Pair], limit: int) -> list[Ask]:

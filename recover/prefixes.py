@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 LEAST_SHARED = 4  # tokens; a shorter beginning is not worth a pass
+LEVELS = 32  # of nodes below each other; what more there is to share is read again
 LEAST_SAVED = 12  # tokens that are not read again, over all rows that share a beginning
 
 Ids = tuple[int, ...]
@@ -67,7 +68,7 @@ def tree(asks: Sequence[Ask], chosen: Sequence[int] | None = None) -> list[Node]
             rows[-1] = _Row(row, [*rows[-1].asks, index])
         else:
             rows.append(_Row(row, [index]))
-    return list(_nodes(rows, 0, asks))
+    return list(_nodes(rows, 0, asks, LEVELS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +77,17 @@ class _Row:
     asks: list[int]
 
 
-def _nodes(rows: Sequence[_Row], depth: int, asks: Sequence[Ask]) -> Iterator[Node]:
+def _nodes(rows: Sequence[_Row], depth: int, asks: Sequence[Ask], levels: int) -> Iterator[Node]:
     """Nodes for sorted rows whose first `depth` ids are read by the nodes above; no row ends there."""
     waiting = [rows] if rows else []  # stretches of rows, from last to first
     while waiting:
         some = waiting.pop()
         shared = len(some[0].ids) if len(some) == 1 else common(some[0].ids, some[-1].ids)
-        if len(some) == 1 or _worth(shared - depth, len(some)):
+        if len(some) == 1 or (levels and _worth(shared - depth, len(some))):
             node = Node(some[0].ids[depth:shared])
             node.reads += _reads(some, depth, shared, asks)
             if len(some) > 1:
-                node.children += _nodes(some, shared, asks)
+                node.children += _nodes(some, shared, asks, levels - 1)
             yield node
         else:
             waiting += reversed(_stretches(some, shared))

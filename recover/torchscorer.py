@@ -8,7 +8,7 @@ tokens, those with a sliding window too, so that a memory may be cut; the model'
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ CPU_IDS = 512  # of one pass; more gain nothing there, and logits over a vocabul
 DEVICE_IDS = 16384
 LOGITS_NBYTES = 2**30  # of one pass on a device
 
-Past = list[tuple[torch.Tensor, torch.Tensor]]
-"""Of each layer the keys and values (KV heads, T, head size) of one row."""
+Past = list[torch.Tensor]
+"""Keys and values (parts, KV heads, T, head size) of one row: those of all layers in one tensor for each head size, so
+that a memory is put in its place by few kernels, however many layers there are."""
 
 
 class TorchReader:
@@ -36,6 +37,7 @@ class TorchReader:
         roomy = max(256, LOGITS_NBYTES // (4 * vocab))
         self.max_ids = CPU_IDS if self._device.type == "cpu" else min(DEVICE_IDS, roomy)
         self.switch = _switch(model.config.get_text_config())
+        self._places: list[tuple[int, int]] = []  # of each layer's keys and values: the group and the number in it
         self._partly = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class TorchReader:
 
     def cut(self, past: Past, length: int) -> Past:
         """The memory of the first `length` tokens."""
-        return [(keys[:, :length], values[:, :length]) for keys, values in past]
+        return [tensor[:, :, :length] for tensor in past]
 
     def _long(self, part: Part) -> Outcome:
         """Read one part piece by piece."""
@@ -86,8 +88,9 @@ class TorchReader:
             **extra,
         )
         logits, first = found.logits, first if self._partly else 0
+        memory = self._stacked(cache) if any(part.keep for part in parts) else []
         return [
-            Outcome(_picked(logits[row], part.positions - first), self._kept(cache, row, part, behind))
+            Outcome(_picked(logits[row], part.positions - first), _kept(memory, row, part, behind))
             for row, part in enumerate(parts)
         ]
 
@@ -97,25 +100,29 @@ class TorchReader:
 
         if not behind:
             return DynamicCache()
-        like = next(part.past for part in parts if part.past)
-        layers = []
-        for layer, shapes in enumerate(like):
-            both = []
-            for which, tensor in enumerate(shapes):
-                whole = tensor.new_zeros((len(parts), tensor.shape[0], behind, tensor.shape[2]))
-                for row, part in enumerate(parts):
-                    if part.past_length:
-                        whole[row, :, behind - part.past_length :] = part.past[layer][which]
-                both.append(whole)
-            layers.append((both[0], both[1]))
-        return DynamicCache(layers)
+        like: Past = next(part.past for part in parts if part.past)
+        memory = []
+        for at, tensor in enumerate(like):
+            count, heads, _length, size = tensor.shape
+            whole = tensor.new_zeros((count, len(parts), heads, behind, size))
+            for row, part in enumerate(parts):
+                if part.past_length:
+                    whole[:, row, :, behind - part.past_length :] = part.past[at]
+            memory.append(whole)
+        both = [memory[group][number] for group, number in self._places]
+        return DynamicCache(list(zip(both[::2], both[1::2], strict=True)))
 
-    def _kept(self, cache: Any, row: int, part: Part, behind: int) -> Past | None:
-        """What a row remembers after a pass, without padding."""
-        if not part.keep:
-            return None
-        span = slice(behind - part.past_length, behind + len(part.ids))
-        return [(layer.keys[row, :, span].clone(), layer.values[row, :, span].clone()) for layer in cache.layers]
+    def _stacked(self, cache: Any) -> list[torch.Tensor]:
+        """Keys and values (parts, B, KV heads, T, head size) of all layers; remembers which is where."""
+        groups: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._places = []
+        for layer in cache.layers:
+            for tensor in (layer.keys, layer.values):
+                key = (tensor.shape[1], tensor.shape[3])
+                group = groups.setdefault(key, [])
+                self._places.append((list(groups).index(key), len(group)))
+                group.append(tensor)
+        return [torch.stack(group) for group in groups.values()]
 
 
 def _switch(config: Any) -> int | None:
@@ -125,6 +132,14 @@ def _switch(config: Any) -> int | None:
         return None
     known = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     return int(known or config.max_position_embeddings)
+
+
+def _kept(memory: Sequence[torch.Tensor], row: int, part: Part, behind: int) -> Past | None:
+    """What a row remembers after a pass, without padding, on its own so that the other rows' memory can go."""
+    if not part.keep:
+        return None
+    span = slice(behind - part.past_length, behind + len(part.ids))
+    return [tensor[:, row, :, span].clone() for tensor in memory]
 
 
 def _picked(logits: torch.Tensor, positions: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -137,6 +152,28 @@ def torch_scorer(model: Any, *, context_length: int | None = None) -> Likelihood
     """The scorer of a causal model of transformers; `context_length` None means what its configuration says."""
     length = context_length or int(model.config.get_text_config().max_position_embeddings)
     return Likelihood(TorchReader(model, length))
+
+
+def replies(model: Any) -> Callable[[Sequence[int], int], list[int]]:
+    """The likeliest reply of a model: prompt ids and the most new tokens -> new ids, the end of text left out."""
+    from transformers import DynamicCache
+
+    stops = model.generation_config.eos_token_id
+    ends = set(stops if isinstance(stops, list) else [stops])
+
+    @torch.no_grad()
+    def reply(ids: Sequence[int], most: int) -> list[int]:
+        cache, new, step = DynamicCache(), list[int](), list(ids)
+        while len(new) < most:
+            given = torch.tensor([step], device=model.device)
+            token = int(model(input_ids=given, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
+            if token in ends:
+                break
+            new.append(token)
+            step = [token]
+        return new
+
+    return reply
 
 
 def placed(model: Any, device: str, dtype: str | None = None, threads: int | None = None) -> Any:

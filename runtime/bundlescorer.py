@@ -17,6 +17,7 @@ import multiprocessing
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part, asks_of
 from rlkit.runtime.folder import graph_nbytes, read_bundle, threads_here
+from rlkit.runtime.kv import check
 from rlkit.runtime.plain import Plain, cache_names
 
 PASS_IDS = 512  # of one pass: their logits over a vocabulary of 150,000 take 314 MB
@@ -146,22 +148,23 @@ def _switch(graph: Path) -> int | None:
 class BundleScorer:
     """Judges continuations by a bundle; `workers` processes share the work, each with `threads` threads.
 
-    Close it, or use it in a with statement, so that its processes end.
+    Without `threads`, each has its share of those that the bundle says. Close it, or use it in a with statement, so
+    that its processes end.
     """
 
     def __init__(self, bundle: Path, *, workers: int = 1, threads: int | None = None, kv: str | None = None) -> None:
         if workers < 1:
             raise ValueError(f"workers = {workers} cannot do anything; use at least 1")
-        config, _manifest = read_bundle(bundle, threads)
+        config, manifest = read_bundle(bundle, threads)
         self._length = int(config["model"]["context_length"])
         self._pool: ProcessPoolExecutor | None = None
         self._alone: Likelihood | None = None
         if workers == 1:
             self._alone = Likelihood(open_reader(bundle, threads=threads, kv=kv))
             return
-        self._pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), _begin, (bundle, threads or 1, kv)
-        )
+        check(bundle, config["model"]["decoder"], kv)
+        each = threads or max(1, threads_here(config, manifest) // workers)
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (bundle, each, kv))
         self._workers = workers
 
     @property
@@ -172,7 +175,8 @@ class BundleScorer:
     def score(self, pairs: Sequence[Pair]) -> list[Continuation]:
         """One continuation for each pair (context ids, continuation ids), in their order.
 
-        Raises ValueError for a pair without context or continuation, and for a continuation longer than the context.
+        Raises ValueError for a pair without context or continuation, for a continuation longer than the context, and
+        where a process ended.
         """
         if self._alone is not None:
             return self._alone.score(pairs)
@@ -181,8 +185,12 @@ class BundleScorer:
         shares = shared_out(pairs, self._length, self._workers * PORTIONS)
         found: dict[int, Continuation] = {}
         work = [[(list(pairs[n][0]), list(pairs[n][1])) for n in share] for share in shares]
-        for share, results in zip(shares, self._pool.map(_score, work), strict=True):
-            found |= dict(zip(share, results, strict=True))
+        try:
+            for share, results in zip(shares, self._pool.map(_score, work), strict=True):
+                found |= dict(zip(share, results, strict=True))
+        except BrokenProcessPool as error:
+            why = "a process of the scorer ended early, most often for want of memory"
+            raise ValueError(f"{why}; use fewer workers than {self._workers}") from error
         return [found[number] for number in range(len(pairs))]
 
     def close(self) -> None:

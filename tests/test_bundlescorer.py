@@ -97,6 +97,14 @@ def test_several_processes_say_the_same(bundle: Path) -> None:
         several.score(pairs)
 
 
+def test_a_process_that_ends_is_said(bundle: Path, tmp_path: Path) -> None:
+    made = export_bundle(bundle.parent / "ckpt", tmp_path / "gone", accuracy_level=0)
+    with BundleScorer(made, workers=2) as several:
+        (made / "logits.onnx").unlink()  # the processes are yet to begin, and cannot
+        with pytest.raises(ValueError, match=r"ended early.*use fewer workers than 2"):
+            several.score(items(1))
+
+
 def test_what_shares_a_context_stays_together() -> None:
     pairs = items(8)
     shares = shared_out(pairs, 256, 4)
@@ -112,6 +120,8 @@ def test_bad_choices(bundle: Path, tmp_path: Path) -> None:
         BundleScorer(bundle, workers=0)
     with pytest.raises(ValueError, match="has no int8 cache"):
         BundleScorer(bundle, kv="int8")
+    with pytest.raises(ValueError, match="has no int8 cache"):
+        BundleScorer(bundle, kv="int8", workers=2)
     with pytest.raises(FileNotFoundError, match="no bundle folder"):
         BundleScorer(tmp_path / "absent")
 

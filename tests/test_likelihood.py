@@ -13,7 +13,7 @@ import torch
 import families
 import tiny
 from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part, asks_of
-from rlkit.recover.prefixes import Ask, Node, common, tree
+from rlkit.recover.prefixes import LEVELS, Ask, Node, common, tree
 from rlkit.recover.torchscorer import placed, torch_scorer
 
 
@@ -164,6 +164,26 @@ def test_a_prompt_that_many_calls_share_is_read_once() -> None:
     forgetful = Counting()
     assert Likelihood(forgetful, kept=0).score([([*head, 9], [1, 2])] * 2)[0].tokens == 2
     assert forgetful.read_ids == 42
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlkit.recover.likelihood.KEPT_IDS", 39)
+    reader = Counting()
+    scorer = Likelihood(reader)
+    for _ in range(2):
+        scorer.score([([1] * 40, [2, 3]), ([1] * 40, [4, 5])])
+    assert reader.read_ids == 2 * 42
+
+
+def test_rows_that_share_ever_more_are_no_deep_tree() -> None:
+    rows = [(*range(4 * n), 1000 + n, *range(20)) for n in range(1, 400)]
+    roots = tree([Ask((*row, 7), len(row), (7,), n) for n, row in enumerate(rows)])
+
+    def depth(some: Sequence[Node]) -> int:
+        return 1 + max((depth(node.children) for node in some if node.children), default=0)
+
+    assert 2 < depth(roots) <= LEVELS + 1
+    assert sum(len(node.reads) for node in nodes(roots)) == len(rows)
 
 
 def test_an_item_longer_than_the_context_loses_its_beginning() -> None:

