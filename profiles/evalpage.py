@@ -71,6 +71,7 @@ def _charts(found: Evaluation) -> Iterator[str]:
 def _panel(found: Evaluation, title: str, tasks: tuple[str, ...]) -> str:
     """The models' scores on one task, one below the other."""
     rule, chance = found.models[0].task(tasks[0]).spec.rule, found.models[0].task(tasks[0]).chance
+    title += ", bits per byte (less is better)" if rule is Rule.BITS else ", %"
     values = [_shown(found.mean(tasks, model.name), rule) for model in found.models]
     ends = [value for one in values for value in (one.low, one.value, one.high) if value is not None]
     ends += [] if chance is None or rule is Rule.BITS else [chance]

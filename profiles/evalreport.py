@@ -169,7 +169,7 @@ def scores(found: Evaluation) -> Table:
         rows.append((title, str(len(first.ids)) if alone else "", chance, *cells))
     note = "Accuracy in percent ± half of its 95 % bootstrap interval over items; LAMBADA: the last word, said first."
     if any(result.spec.rule is Rule.BITS for result in found.models[0].tasks):
-        note += " Bits per byte: less is better."
+        note += " Bits per byte: less is better, and they are in no mean."
     return Table("Accuracy", columns, tuple(rows), note)
 
 
@@ -181,6 +181,8 @@ def differences(found: Evaluation) -> Table:
         for title, tasks in (found.lines() if others else ())
     ]
     note = f"Points more (+) or fewer (-) than {found.full} on the same items, with the interval of that difference."
+    if any(result.spec.rule is Rule.BITS for result in found.models[0].tasks):
+        note += " Bits per byte: + is worse."
     return Table("Against the reference", ("task", *others), tuple(rows), note)
 
 
