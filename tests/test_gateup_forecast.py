@@ -94,7 +94,7 @@ def test_a_second_run_measures_what_is_missing(tmp_path: Path, monkeypatch: pyte
         )
 
     monkeypatch.setattr(worker, "measure_bundles", measure)
-    monkeypatch.setattr(gateup, "_bundle", lambda _name, kind, out: out / kind)
+    monkeypatch.setattr(gateup, "random_bundle", lambda _name, kind, out: out / kind)
     monkeypatch.setattr(gateup, "obstacle", lambda name, _tokens: "too large" if name == "llama-3.1-8b" else "")
     how: dict[str, Any] = {
         "measure": True,

@@ -6,7 +6,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlkit.apps.server.toolcalls import CallPart, Calls
@@ -86,11 +86,14 @@ def test_where_a_reply_is_cut_changes_nothing(case: str, cuts: list[int]) -> Non
     assert read([reply[a:b] for a, b in pairwise(places)]) == read([reply])
 
 
+@example("[{")
+@example("<tool_call></tool_call>[]")
+@example("[TOOL_CALLS][ , text")
 @given(st.text(alphabet='<>tool_c/al{}[]"name:, \nargs|pyh', max_size=60))
 def test_text_without_calls_is_kept(reply: str) -> None:
     text, made = read(list(reply))
     if not made:
-        assert text.split() == reply.split()
+        assert "".join(text.split()) == "".join(reply.split())
 
 
 def test_arguments_come_while_they_are_written() -> None:

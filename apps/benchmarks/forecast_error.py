@@ -153,8 +153,8 @@ def _show(found: dict[str, Any]) -> None:
     console.table(columns, cells, title="forecast of the calibrated machine")
     shapes = dict.fromkeys(row["shape"] for row in found["rows"])
     parts = [_shape_cells(shape, summary([row for row in found["rows"] if row["shape"] == shape])) for shape in shapes]
-    columns = ("shape", "TPOT: median, worst", "bytes/bandwidth", "TTFT: median, worst", "bytes/bandwidth")
-    console.table(columns, parts, title="absolute errors by shape, none of which calibration has seen")
+    heads = ("shape", "TPOT: median, worst", "bytes/bandwidth", "TTFT: median, worst", "bytes/bandwidth")
+    console.table(heads, parts, title="absolute errors by shape, none of which calibration has seen")
     for kind, bar in (("tpot", TPOT_BAR), ("ttft", TTFT_BAR)):
         if f"{kind}_error" in found:
             ours, theirs = found[f"{kind}_error"], found[f"{kind}_baseline_error"]

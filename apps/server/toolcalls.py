@@ -50,6 +50,7 @@ class Calls:
         self._held = ""
         self._step: Callable[[list[Part]], bool] = self._between if forced else self._start
         self._tag = ""  # what opened the calls; "" for JSON without a tag
+        self._opening, self._called = "", False  # what was read since then, and whether a call came: else it is text
         self._forced = forced
         self._ending, self._scanned = Ending(), 0
         self._closing_depth = 0  # brackets of the call itself around its arguments
@@ -68,13 +69,13 @@ class Calls:
     def end(self) -> list[Part]:
         """What was held back, when the reply is over: a call that never became one is text."""
         held, self._held = self._held, ""
-        if self._step in (self._start, self._text, self._plain):
+        if self._step in (self._start, self._text):
             return [held] if held.strip() or (held and not self.found) else []
         if self._step in (self._arguments, self._rest):
             return []
-        if self._step == self._between and (self.found or CLOSING.startswith(held.strip())):
-            return []  # what is left of the last call's closing
-        return [self._tag + held]
+        if self._called:
+            return [held] if self._step == self._object else []  # what is left of the last call's closing
+        return [self._opening + held]
 
     # Steps: each takes from what is held, adds to the parts, and says whether another step can follow at once.
 
@@ -84,7 +85,7 @@ class Calls:
         if not text or any(tag.startswith(text) for tag in TAGS):
             return False
         if text[0] == "{" or re.match(r"\[\s*\{", text):
-            self._held, self._tag, self._step = text, "", self._between
+            self._held, self._step = text, self._between
         elif re.fullmatch(r"\[\s*", text):
             return False
         else:
@@ -97,6 +98,7 @@ class Calls:
             place = min(places)
             parts.append(self._held[:place].rstrip())
             self._tag, self._step = places[place], self._between
+            self._opening, self._called = self._tag, False
             self._held = self._held[place + len(self._tag) :]
             return True
         size = held_back(self._held, TAGS)
@@ -109,15 +111,16 @@ class Calls:
 
     def _between(self, parts: list[Part]) -> bool:
         """Inside a tag, before, between or after calls."""
-        self._held = self._held.lstrip(BETWEEN)
+        self._pass(len(self._held) - len(self._held.lstrip(BETWEEN)))
         if not self._held or any(tag.startswith(self._held) and tag != self._held for tag in TAGS):
             return False
         again = next((tag for tag in TAGS if self._held.startswith(tag)), None)
         if again is not None:
-            self._tag, self._held = again, self._held[len(again) :]
+            self._tag = again
+            self._pass(len(again))
             return True
         if self._held[0] in "[]":
-            self._held = self._held[1:]
+            self._pass(1)
             return True
         if self._held[0] == "{":
             self._step, self._ending, self._scanned = self._object, Ending(), 0
@@ -125,16 +128,20 @@ class Calls:
         if self._tag == "<tool_call>" and CLOSING.startswith(self._held[: len(CLOSING)]):
             if len(self._held) < len(CLOSING):
                 return False
-            self._held, self._step = self._held[len(CLOSING) :], self._text
-            return True
+            self._pass(len(CLOSING))
+            return self._give_up(parts)
         if self._tag == "[TOOL_CALLS]":
             named = BEFORE_ARGUMENTS.match(self._held)
             if named:
                 return self._begin(parts, named.group(1), named.end(), 0)
             if MAYBE_NAME.fullmatch(self._held):
                 return False
-        self._step = self._text
-        return True
+        return self._give_up(parts)
+
+    def _pass(self, count: int) -> None:
+        """Leave out so many characters, which belong to a call if one comes."""
+        self._opening += self._held[:count]
+        self._held = self._held[count:]
 
     def _object(self, parts: list[Part]) -> bool:
         """A JSON object that should be a call."""
@@ -143,10 +150,10 @@ class Calls:
             name = str(json.loads(f'"{header.group(1)}"', strict=False))
             if self._tag or self._forced or name in self._names:
                 return self._begin(parts, name, header.end(), 1)
-            return self._give_up()
+            return self._give_up(parts)
         first = FIRST_KEY.match(self._held)
         if first and first.group(1) not in CALL_KEYS:
-            return self._give_up()
+            return self._give_up(parts)
         end = self._ending.feed(self._held[self._scanned :])
         if end is None:
             self._scanned = len(self._held)
@@ -154,8 +161,8 @@ class Calls:
         end += self._scanned
         call = _call_of(self._held[:end])
         if call is None or not (self._tag or self._forced or call[0] in self._names):
-            return self._give_up()
-        self._held = self._held[end:]
+            return self._give_up(parts)
+        self._held, self._called = self._held[end:], True
         parts.append(CallPart(self.found, call[1], _new_id(), call[0]))
         self.found += 1
         self._step = self._between
@@ -163,7 +170,7 @@ class Calls:
 
     def _begin(self, parts: list[Part], name: str, taken: int, depth: int) -> bool:
         parts.append(CallPart(self.found, "", _new_id(), name))
-        self._held, self._closing_depth = self._held[taken:], depth
+        self._held, self._called, self._closing_depth = self._held[taken:], True, depth
         self._step, self._ending = self._arguments, Ending()
         return True
 
@@ -190,15 +197,12 @@ class Calls:
         self._step = self._between
         return True
 
-    def _give_up(self) -> bool:
-        """What is held is no call: it is text, the tag too."""
-        self._held, self._step = self._tag + self._held, self._plain
+    def _give_up(self, parts: list[Part]) -> bool:
+        """What is held is no call: it is text, and so is what opened it, unless a call came since."""
+        if not self._called:
+            parts.append(self._opening)
+        self._opening, self._step = "", self._text
         return True
-
-    def _plain(self, parts: list[Part]) -> bool:
-        parts.append(self._held)
-        self._held = ""
-        return False
 
 
 def _call_of(text: str) -> tuple[str, str] | None:
