@@ -16,7 +16,7 @@ from itertools import pairwise
 
 LEAST_SHARED = 4  # tokens; a shorter beginning is not worth a pass
 LEVELS = 32  # of nodes below each other; what more there is to share is read again
-LEAST_SAVED = 12  # tokens that are not read again, over all rows that share a beginning
+PASS_TOKENS = 4  # what a pass costs beside its tokens, in tokens: reading the weights
 
 Ids = tuple[int, ...]
 
@@ -83,7 +83,7 @@ def _nodes(rows: Sequence[_Row], depth: int, asks: Sequence[Ask], levels: int) -
     while waiting:
         some = waiting.pop()
         shared = len(some[0].ids) if len(some) == 1 else common(some[0].ids, some[-1].ids)
-        if len(some) == 1 or (levels and _worth(shared - depth, len(some))):
+        if len(some) == 1 or (levels and _worth(shared - depth, len(some), depth)):
             node = Node(some[0].ids[depth:shared])
             node.reads += _reads(some, depth, shared, asks)
             if len(some) > 1:
@@ -93,8 +93,13 @@ def _nodes(rows: Sequence[_Row], depth: int, asks: Sequence[Ask], levels: int) -
             waiting += reversed(_stretches(some, shared))
 
 
-def _worth(shared: int, rows: int) -> bool:
-    return shared >= LEAST_SHARED and shared * (rows - 1) >= LEAST_SAVED
+def _worth(shared: int, rows: int, depth: int) -> bool:
+    """Whether reading a beginning once saves more than it costs.
+
+    Rows with nothing before them are read together in few passes; each gets a pass of its own once something is.
+    """
+    passes = 1 if depth else rows + 1
+    return shared >= LEAST_SHARED and shared * (rows - 1) > PASS_TOKENS * passes
 
 
 def _stretches(rows: Sequence[_Row], at: int) -> list[Sequence[_Row]]:

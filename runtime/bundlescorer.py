@@ -3,9 +3,11 @@
 Parts with nothing before them are read several at a time, padded on the right: attention is causal. What follows a
 memory is read by itself, since the attention kernel for the CPU takes one such row only; its cost is that of its
 tokens, and those are few. Where nothing but a part's last token is judged, the graph that generates reads it, if it is
-open too: it leaves out the product with lm_head for all other tokens. A single token is read with another behind it,
-so that the kernels are those that read whole rows: the ones for single tokens round otherwise where activations are
-integers.
+open too: it leaves out the product with lm_head for all other tokens.
+
+Kernels with integer activations round otherwise for a single token, and for the last of 129: products of matrices go by
+blocks of 128 rows, and a block of one has a kernel of its own. Such passes get one more token, which nothing sees, so
+that a figure does not depend on what is read together.
 
 Several workers are processes with a session each; a call's pairs are shared out so that what begins alike stays
 together.
@@ -31,6 +33,7 @@ from rlkit.runtime.plain import Plain, cache_names
 
 PASS_IDS = 512  # of one pass: their logits over a vocabulary of 150,000 take 314 MB
 LEAN_NBYTES = 2**30  # a graph of more is not opened a second time
+BLOCK = 128  # rows of a matrix that the runtime's kernels take at a time
 PORTIONS = 4  # for each worker and call, so that none is left with a long one alone
 
 Past = Mapping[str, NDArray[Any]]
@@ -86,8 +89,7 @@ class BundleReader:
         names = list(self._names) if more else []
         length = ids.shape[1]
         behind = next(iter(past.values())).shape[2] if past else 0
-        if length == 1 and behind + 1 < self.context_length:  # kernels for one row of a matrix round in another way
-            ids = np.pad(ids, ((0, 0), (0, 1)))
+        ids = even(ids, self.context_length - behind)
         if self._lean is not None and ids.shape[1] == length and wanted.tolist() in ([], [length - 1]):
             logits, *presents = self._lean.outputs(["logits", *names], ids, past)
             chosen = logits[0, -1:] if len(wanted) else logits[0, :0]
@@ -103,13 +105,19 @@ class BundleReader:
         for row, part in enumerate(parts):
             ids[row, : len(part.ids)] = part.ids
         names = list(self._names) if any(part.keep for part in parts) else []
-        logits, *presents = self._whole.outputs(["logits", *names], ids)
+        logits, *presents = self._whole.outputs(["logits", *names], even(ids, self.context_length))
         for row, part in enumerate(parts):
             past = None
             if part.keep:
                 cuts = (np.ascontiguousarray(values[row : row + 1, :, : len(part.ids)]) for values in presents)
                 past = dict(zip(self._names.values(), cuts, strict=True))
             yield Outcome(logits[row, part.positions].astype(np.float32), past)
+
+
+def even(ids: NDArray[np.int64], room: int) -> NDArray[np.int64]:
+    """Rows of ids (B, T) with one more id each where a product would end in a block of one row, and there is room."""
+    lone = ids.size % BLOCK == 1 and ids.shape[1] < room
+    return np.pad(ids, ((0, 0), (0, 1))) if lone else ids
 
 
 def open_reader(bundle: Path, *, threads: int | None = None, kv: str | None = None) -> BundleReader:

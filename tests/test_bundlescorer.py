@@ -14,7 +14,7 @@ from rlkit.export.build import export_bundle
 from rlkit.export.kvscales import SCHEMES
 from rlkit.recover.likelihood import Continuation, Pair
 from rlkit.runtime import bundlescorer
-from rlkit.runtime.bundlescorer import BundleScorer, shared_out
+from rlkit.runtime.bundlescorer import BundleScorer, even, shared_out
 from rlkit.runtime.folder import read_bundle
 from rlkit.runtime.plain import Plain
 from test_likelihood import assert_same, items, whole
@@ -84,6 +84,28 @@ def test_integer_activations_round_as_in_whole_rows(bundle: Path, tmp_path: Path
     pairs = items(6)
     with BundleScorer(made, threads=1) as scorer:
         assert_same(scorer.score(pairs), plainly(made, pairs))
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 127, 128, 129, 130])
+def test_figures_do_not_depend_on_what_is_read_together(bundle: Path, tmp_path: Path, length: int) -> None:
+    made = export_bundle(bundle.parent / "ckpt", tmp_path / "int8", accuracy_level=4)
+    context = [7 + n * n % 400 for n in range(length)]
+    pairs: list[Pair] = [(context, [9, 8, n]) for n in range(3)] + [(context[:40], [n, 5]) for n in range(4)]
+    with BundleScorer(made, threads=1) as scorer:
+        together = scorer.score(pairs)
+        other = [one for start in (3, 0) for one in scorer.score(pairs[start : start + 3])]
+    with BundleScorer(made, threads=1) as scorer:
+        alone = [scorer.score([pair])[0] for pair in pairs]
+    assert_same(alone, together, 1e-5)
+    assert_same(other, [*together[3:6], *together[:3]], 1e-5)
+
+
+def test_rows_are_made_even() -> None:
+    shapes = {(1, 1): 2, (1, 128): 128, (1, 129): 130, (3, 43): 44, (2, 65): 65, (1, 257): 258}
+    for shape, width in shapes.items():
+        found = even(np.ones(shape, np.int64), 1000)
+        assert found.shape == (shape[0], width)
+        assert even(np.ones(shape, np.int64), shape[1]).shape == shape
 
 
 def test_several_processes_say_the_same(bundle: Path) -> None:

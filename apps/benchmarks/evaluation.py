@@ -3,7 +3,7 @@
     python -m rlkit.apps.benchmarks.evaluation ./bundle -o ./bench-evaluation --tasks arc_easy,hellaswag,mmlu-mc
 
 plain    every choice behind its context is a row of its own: all its logits by the graph that keeps them, from which
-         the choice's tokens are judged
+         the choice's tokens are judged (rows of 129 tokens get one more, for the reason in runtime/bundlescorer.py)
 ours     the scorer of `rlkit eval`, given the items in portions as `rlkit eval` gives them, with nothing kept from
          earlier rounds
 
@@ -34,7 +34,7 @@ from rlkit.recover import assets
 from rlkit.recover.atomic import write_json
 from rlkit.recover.likelihood import Continuation, Likelihood, Pair
 from rlkit.recover.progress import Progress, Tell
-from rlkit.runtime.bundlescorer import BundleReader, open_reader
+from rlkit.runtime.bundlescorer import BundleReader, even, open_reader
 from rlkit.runtime.folder import read_bundle
 from rlkit.runtime.plain import Plain
 
@@ -176,7 +176,8 @@ def alone(plain: Plain, pair: Pair) -> Continuation:
     """One pair as a row of its own."""
     context, continuation = pair
     wanted = np.array(continuation)
-    logits = plain.logits(np.array([[*context, *continuation[:-1]]], np.int64))[0, len(context) - 1 :]
+    row = np.array([[*context, *continuation[:-1]]], np.int64)
+    logits = plain.logits(even(row, row.size + 1))[0, len(context) - 1 : row.size]
     highest = logits.max(axis=-1)
     norms = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=-1))
     logprobs = logits[np.arange(len(wanted)), wanted] - norms
