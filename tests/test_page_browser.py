@@ -15,7 +15,7 @@ from pageserver import CUT, MEASURED, WAIT, Broken, Refused, Server, Thought, se
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=2)]  # a browser on a busy machine paints when it likes
 STORED = "JSON.stringify({...localStorage})"
 
 

@@ -14,7 +14,7 @@ from pageserver import Broken, Server, Thought, serving
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=2)]  # a browser on a busy machine paints when it likes
 # render(text) in the page, without a conversation around it
 RENDER = """async (text) => {
     const { render } = await import("/page/markdown.js");

@@ -18,7 +18,7 @@ from rlkit.export.build import export_bundle
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=2)]  # a browser on a busy machine paints when it likes
 CONTEXT = 4096
 
 
