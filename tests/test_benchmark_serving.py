@@ -23,6 +23,8 @@ def test_the_overhead_is_the_median_of_paired_rounds() -> None:
     assert not late["met"]
     with pytest.raises(ValueError, match="no prompt_seconds"):
         serving.compared([reply(99.0, prompt=None)], [reply(100.0)])
+    with pytest.raises(ValueError, match="came in one piece"):
+        serving.compared([Reply(0.1, 0.0, 0.1, 1, 0.1)], [reply(100.0)])
 
 
 @pytest.mark.parametrize(

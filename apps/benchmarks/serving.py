@@ -223,6 +223,8 @@ def _ids(seed: int, count: int, vocab: int) -> list[int]:
 def compared(served: list[Reply], bare: list[Reply]) -> dict[str, Any]:
     """Medians over paired rounds of what the server adds, against the bars."""
     pairs = list(zip(served, bare, strict=True))
+    if any(mine.later <= 0 for mine in served):
+        raise ValueError("a reply came in one piece, so it has no speed; serve a model whose tokens are text")
     slower = statistics.median(1 - mine.tokens_per_s / alone.tokens_per_s for mine, alone in pairs)
     whole = statistics.median(mine.whole / alone.whole - 1 for mine, alone in pairs)
     waits = sorted(mine.first - mine.prompt_seconds for mine in served if mine.prompt_seconds is not None)
