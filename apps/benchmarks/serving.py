@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json as jsonlib
+import os
 import random
 import statistics
 import subprocess
@@ -38,6 +39,7 @@ from rlkit.apps import console
 from rlkit.profiles.machine import measure_machine
 from rlkit.recover.atomic import write_json
 from rlkit.recover.source import ModelShape, read_json
+from rlkit.runtime import hugepages
 
 OVERHEAD_BAR, FIRST_BAR, MEMORY_BAR = 0.03, 0.020, 0.03  # share of tokens/s, seconds, share of memory
 SUITES = ("overhead", "load")
@@ -184,9 +186,9 @@ def overhead(bundle: Path, prompt: int, new_tokens: int, repeats: int) -> dict[s
     stops = eos if isinstance(eos, list) else [eos]
     served: list[Reply] = []
     bare: list[Reply] = []
-    process = subprocess.Popen(
-        [sys.executable, "-c", BARE, str(bundle)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    words = [sys.executable, "-c", BARE, str(bundle)]
+    alike = {**os.environ, **hugepages.variables()}  # as the server starts itself
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alike)
     try:
         assert process.stdin is not None
         assert process.stdout is not None
