@@ -161,7 +161,10 @@ def test_the_worker_answers_line_by_line() -> None:
     lines = io.StringIO('{"fill": [], "prompt": [1, 2], "new_tokens": 3, "room": 9}\n{"peak": true}\n')
     worker.answer(Model([0.5]), lines, said.append)
     assert said[:2] == [{"ready": True, "threads": 0, "provider": "cpu"}, {"seconds": [0.5, 0.5, 0.5]}]
-    assert said[2]["peak_nbytes"] == worker.peak_nbytes()
+    before, after = said[2]["peak_nbytes"], worker.peak_nbytes()
+    assert (before is None) == (after is None) and (before or 0) <= (
+        after or 0
+    )  # another thread may raise it meanwhile
 
 
 def test_peak_memory_is_that_of_this_process() -> None:
@@ -184,7 +187,8 @@ def test_a_process_is_measured_through_pipes() -> None:
     with worker.start("fake", [sys.executable, "-c", FAKE]) as process:
         assert (process.threads, process.provider) == (3, "dml")
         assert list(process.generate(Work([], [1], 3, 4))) == [0.25, 0.25, 0.25]
-        assert process.peak_nbytes() is None or process.peak_nbytes() == process.peak_nbytes()
+        before, after = process.peak_nbytes(), process.peak_nbytes()
+        assert (before or 0) <= (after or 0)
         with pytest.raises(ChildProcessError, match=r"measuring fake failed: it ended .*no luck"):
             list(process.generate(Work([], [13], 3, 4)))
 
