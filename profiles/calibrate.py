@@ -258,7 +258,7 @@ class _Work:
     def products(self, form: Form, shape: Shape) -> None:
         """A format and shape, with weights far beyond the caches, and in them where they fit."""
         size = product_nbytes(*form, *shape)
-        far = max(1, min(math.ceil(self.room.far_nbytes / size), MOST_NODES))
+        far = self._far(form, shape)
         near = max(1, min(int(self.room.cache_nbytes / 4 / size), far, 64))
         fits = near * size <= self.room.cache_nbytes / 2 and near < far
         self._products(form, shape, far, FEW, cached=False)
@@ -266,14 +266,17 @@ class _Work:
 
     def again(self, form: Form, shape: Shape) -> None:
         """A decode step's products once more, minutes later: what slowed the machine for a while is found out."""
-        count = max(1, min(math.ceil(self.room.far_nbytes / product_nbytes(*form, *shape)), MOST_NODES))
         before = self.rows["products"]
         self.rows["products"] = []
-        self._products(form, shape, count, FEW, cached=False)
+        self._products(form, shape, self._far(form, shape), FEW, cached=False)
         faster = {astuple(row)[:-1]: row.seconds for row in self.rows["products"]}
         self.rows["products"] = [
             replace(row, seconds=min(row.seconds, faster.get(astuple(row)[:-1], row.seconds))) for row in before
         ]
+
+    def _far(self, form: Form, shape: Shape) -> int:
+        """How many products are far more than the caches hold."""
+        return max(1, min(math.ceil(self.room.far_nbytes / product_nbytes(*form, *shape)), MOST_NODES))
 
     def _products(self, form: Form, shape: Shape, count: int, tokens: Sequence[int], *, cached: bool) -> None:
         taken = self.tools.products(form, shape, count, tokens, self.plan.slice_seconds)

@@ -37,6 +37,7 @@ from rlkit.profiles.device import find
 from rlkit.profiles.forecast import Workload, forecast_model
 from rlkit.profiles.operators import format_named, packed, weigh
 from rlkit.profiles.places import HALF, Place, of_unit
+from rlkit.profiles.standard import MODELS
 from rlkit.profiles.storage import Format, Storage
 from rlkit.recover import recipe as recipes
 from rlkit.recover.atomic import need_space, write_json
@@ -92,7 +93,6 @@ CONFIGS: dict[str, dict[str, Any]] = {  # as the models' publishers give them
     },
 }
 STAND_INS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "llama-3.1-8b")
-LLAMA31_8B = ModelShape("LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128, 128256, False, 131072, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +252,7 @@ def obstacle(name: str, tokens: int, free_nbytes: int | None = None) -> str:
 
 
 def _shape(name: str) -> ModelShape:
-    from rlkit.recover import standin
-
-    return {**standin.SHAPES, "llama-3.1-8b": LLAMA31_8B}[name]
+    return MODELS[name]
 
 
 def _architecture(name: str) -> Architecture:
