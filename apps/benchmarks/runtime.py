@@ -16,7 +16,6 @@ reading memory reaches in the same minute.
 from __future__ import annotations
 
 import contextlib
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -114,16 +113,17 @@ def side(name: str, shape_name: str, shape: ModelShape, out: Path, room: int, pe
 
 def compared(measured: Sequence[bench.Measurement], read_bytes_per_s: float) -> dict[str, Any]:
     """Our speed over each other's by test, with the bars; and what share of the reading speed decoding reaches."""
-    by_name = {each.name: each for each in measured}
-    rows = []
-    for other in measured:
-        if OURS not in by_name or other.name == OURS:
-            continue
-        for mine, theirs in zip(by_name[OURS].series, other.series, strict=True):
-            pairs = zip(mine.rounds, theirs.rounds, strict=True)
-            ratio = statistics.median(sum(b) / sum(a) for a, b in pairs)
-            bar = BARS.get((other.name, str(mine.test.kind)))
-            rows.append({"against": other.name, "test": mine.test.name, "speed_ratio": ratio, "bar": bar})
+    ours = [each for each in measured if each.name == OURS]
+    others = [each for each in measured if each.name != OURS]
+    rows = [
+        {
+            "against": ratio.name,
+            "test": ratio.test.name,
+            "speed_ratio": ratio.time,
+            "bar": BARS.get((ratio.name, str(ratio.test.kind))),
+        }
+        for ratio in (bench.ratios([*ours, *others]) if ours else ())  # their time over ours
+    ]
     shares = {}
     for each in measured:
         for series in each.series:

@@ -139,10 +139,14 @@ def serving(bundle: Path, *options: str) -> Iterator[tuple[str, psutil.Process]]
                 process.communicate()
 
 
+def _connection(address: str) -> http.client.HTTPConnection:
+    where = urlsplit(address)
+    return http.client.HTTPConnection(where.hostname or "", where.port, timeout=120)
+
+
 def over_http(address: str, body: dict[str, Any], hang_up_after: int | None = None) -> tuple[int, Reply | None]:
     """The status of a completion and, for a stream, how it came; `hang_up_after` so many chunks."""
-    where = urlsplit(address)
-    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=120)
+    connection = _connection(address)
     began = time.perf_counter()
     try:
         connection.request("POST", "/v1/completions", jsonlib.dumps(body), {"Content-Type": "application/json"})
@@ -327,8 +331,7 @@ def _left(address: str) -> int:
     """Replies that still run or wait some seconds after the last client has gone."""
     active = 0
     for _ in range(20):
-        where = urlsplit(address)
-        connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=30)
+        connection = _connection(address)
         connection.request("GET", "/rlkit/stats")
         table = jsonlib.loads(connection.getresponse().read())
         connection.close()
