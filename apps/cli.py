@@ -50,7 +50,7 @@ COMMANDS = {
     "recover": Command("rlkit.apps.make:recover", "Quantize a model and recover its accuracy.", "Make"),
     "export": Command("rlkit.apps.ship:export", "Turn a model or checkpoint into an ONNX bundle.", "Make"),
     "lint": Command("rlkit.apps.check:lint", "Find what would run slowly or not at all on a device.", "Make"),
-    "kv": Command("rlkit.apps.kv:kv", "Add quantized KV caches to a bundle, or list what it has.", "Make"),
+    "kv-calibrate": Command("rlkit.apps.kvcalibrate:kv_calibrate", "Add quantized KV caches to a bundle.", "Make"),
     "card": Command("rlkit.apps.publish:card", "Write a bundle's model card from its manifest.", "Make"),
     "push": Command("rlkit.apps.publish:push", "Upload a bundle to the hub.", "Make"),
     "run": Command("rlkit.apps.talk:run", "Complete or answer one prompt.", "Use"),

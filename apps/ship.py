@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rlkit.apps import console, gate, heldout
-from rlkit.apps import kv as caches
+from rlkit.apps import kvcalibrate as caches
 from rlkit.export import npu, plan, request, targets
 from rlkit.export.kvscales import SCHEMES, refuse, schemes_named
 from rlkit.recover import assets, atomic, contents, source
@@ -72,7 +72,9 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     ] = False,
     kv: Annotated[
         str | None,
-        typer.Option(help=f"Also quantized KV caches, with commas between: {', '.join(SCHEMES)}; see `rlkit kv`."),
+        typer.Option(
+            help=f"Also quantized KV caches, with commas between: {', '.join(SCHEMES)}; see `rlkit kv-calibrate`."
+        ),
     ] = None,
     allow_slow: Annotated[bool, typer.Option("--allow-slow", help="Ship what `rlkit lint` finds fault with.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,

@@ -64,7 +64,7 @@ def check(folder: Path, decoder: dict[str, Any], kv: str | None) -> str:
         raise ValueError(f"kv {name!r} is no kind of cache; use {', '.join(KINDS)}")
     if name not in there:
         has = f"{folder} has no {name} cache, only {', '.join(there)}"
-        raise ValueError(f"{has}; add it with: rlkit kv {folder} --add {name}")
+        raise ValueError(f"{has}; add it with: rlkit kv-calibrate {folder} --add {name}")
     return name
 
 

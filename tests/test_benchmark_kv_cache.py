@@ -10,7 +10,7 @@ import typer
 
 import tiny
 from rlkit.apps.benchmarks import kv_cache
-from rlkit.apps.kv import Wanted, add_caches
+from rlkit.apps.kvcalibrate import Wanted, add_caches
 from rlkit.export.build import export_bundle
 from rlkit.export.kvscales import SCHEMES
 

@@ -9,7 +9,7 @@ import pytest
 
 import families
 import tiny
-from rlkit.apps.kv import Wanted, add_caches
+from rlkit.apps.kvcalibrate import Wanted, add_caches
 from rlkit.export.build import export_bundle
 from rlkit.export.kvscales import SCHEMES
 from rlkit.recover.likelihood import Continuation, Pair

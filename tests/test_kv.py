@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tiny
-from rlkit.apps.kv import Wanted, add_caches
+from rlkit.apps.kvcalibrate import Wanted, add_caches
 from rlkit.export.build import export_bundle
 from rlkit.export.kvscales import SCHEMES
 from rlkit.recover.source import read_json
@@ -58,7 +58,7 @@ def test_graphs_and_sizes(bundle: Path) -> None:
 def test_a_cache_that_is_not_there_is_named_with_the_remedy(plain: Path) -> None:
     config = config_of(plain)
     assert kv.offered(plain, config) == ("float",)
-    with pytest.raises(ValueError, match=r"has no int8 cache, only float; add it with: rlkit kv .* --add int8"):
+    with pytest.raises(ValueError, match=r"has no int8 cache, only float; add it with: rlkit kv-cal.* --add int8"):
         kv.graph_of(plain, config, "int8")
     for name in ("int2", "../int8", "INT8", " "):
         with pytest.raises(ValueError, match="is no kind of cache; use float, int8, int4"):

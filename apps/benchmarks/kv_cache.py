@@ -152,7 +152,9 @@ def _measured(case: Case) -> dict[str, Any]:
 
 
 def main(  # noqa: PLR0913, one parameter per option
-    bundle: Annotated[Path, typer.Argument(help="A bundle with quantized caches: rlkit kv BUNDLE --add int8,int4.")],
+    bundle: Annotated[
+        Path, typer.Argument(help="A bundle with quantized caches: rlkit kv-calibrate BUNDLE --add int8,int4.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the cases and results.")] = Path("bench-kv"),
     depth: Annotated[int, typer.Option(help="Context for memory and time, in tokens.")] = 8192,
     contexts: Annotated[str, typer.Option(help="Lengths at whose end predictions are compared.")] = "512,2048,8192",

@@ -1,4 +1,4 @@
-"""The command `kv` and `export --kv`: caches added beside a bundle, what the manifest says of them, and bad input."""
+"""The command `kv-calibrate` and `export --kv`: caches added beside a bundle, what the manifest says, and bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from rlkit.apps import cli, publish
-from rlkit.apps import kv as command
+from rlkit.apps import kvcalibrate as command
 from rlkit.export.build import export_bundle
 from rlkit.recover.source import read_json
 from rlkit.runtime.session import open_bundle
@@ -42,7 +42,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_caches_are_added_beside_the_weights(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = (bundle / "model.onnx.data").stat()
-    words = ["kv", str(bundle), "--add", "int8,int4", "--tokens", "400"]
+    words = ["kv-calibrate", str(bundle), "--add", "int8,int4", "--tokens", "400"]
     assert cli.run([*words, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["kv_cache"]
     assert list(shown) == ["float", "int8", "int4"]
@@ -62,7 +62,7 @@ def test_caches_are_added_beside_the_weights(bundle: Path, capsys: pytest.Captur
 
 
 def test_the_session_runs_each_cache(bundle: Path) -> None:
-    assert cli.run(["kv", str(bundle), "--add", "int8,int4", "--tokens", "200", "--no-measure"]) == 0
+    assert cli.run(["kv-calibrate", str(bundle), "--add", "int8,int4", "--tokens", "200", "--no-measure"]) == 0
     ids = np.random.default_rng(2).integers(3, tiny.VOCAB, (1, 12))
     found = {}
     for name in ("float", "int8", "int4"):
@@ -75,7 +75,7 @@ def test_the_session_runs_each_cache(bundle: Path) -> None:
 
 
 def test_one_cache_later_and_again_keeps_the_other(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["kv", str(bundle), "--tokens", "200", "--no-measure"]
+    words = ["kv-calibrate", str(bundle), "--tokens", "200", "--no-measure"]
     assert cli.run([*words, "--add", "int4"]) == 0
     first = read_json(bundle / "rlkit.json")["kv_cache"]
     assert cli.run([*words, "--add", "int8", "--ranges", "max", "--values", "tensor"]) == 0
@@ -88,13 +88,13 @@ def test_one_cache_later_and_again_keeps_the_other(bundle: Path, capsys: pytest.
     assert cli.run([*words, "--add", "int8", "--seed", "0"]) == 0
     assert publish.files_to_send(bundle, publish.read_manifest(bundle))
     capsys.readouterr()
-    assert cli.run(["kv", str(bundle)]) == 0
+    assert cli.run(["kv-calibrate", str(bundle)]) == 0
     table = capsys.readouterr().out
     assert "25.0%" in table and "12.5%" in table and "float" in table
 
 
 def test_the_same_seed_gives_the_same_graphs(bundle: Path) -> None:
-    words = ["kv", str(bundle), "--tokens", "200", "--no-measure", "--add", "int8"]
+    words = ["kv-calibrate", str(bundle), "--tokens", "200", "--no-measure", "--add", "int8"]
     graphs = []
     for seed in ("3", "3", "4"):
         assert cli.run([*words, "--seed", seed]) == 0
@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_graphs(bundle: Path) -> None:
 
 
 def test_what_the_model_writes_itself_does_too(bundle: Path, tmp_path: Path) -> None:
-    words = ["kv", str(bundle), "--tokens", "100", "--add", "int8"]
+    words = ["kv-calibrate", str(bundle), "--tokens", "100", "--add", "int8"]
     assert cli.run([*words, "--text", "generated"]) == 0
     facts = read_json(bundle / "rlkit.json")["kv_cache"]["int8"]
     assert facts["calibration"]["text"] == "generated" and facts["divergence"]["kl_mean"] < 0.01
@@ -119,7 +119,7 @@ def test_an_interrupted_run_is_run_again(bundle: Path, monkeypatch: pytest.Monke
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    words = ["kv", str(bundle), "--add", "int8,int4", "--tokens", "200"]
+    words = ["kv-calibrate", str(bundle), "--add", "int8,int4", "--tokens", "200"]
     with monkeypatch.context() as patched:
         patched.setattr(command.divergence, "compare", stop)
         assert cli.run(words) == 130
@@ -137,7 +137,9 @@ def test_export_adds_them_at_once(checkpoint: Path, tmp_path: Path, capsys: pyte
     manifest = publish.read_manifest(tmp_path / "b")
     assert list(manifest["kv_cache"]) == ["int8"] and "divergence" not in manifest["kv_cache"]["int8"]
     assert open_bundle(tmp_path / "b", kv="int8").kv == "int8"
-    with pytest.raises(ValueError, match=r"has no int4 cache, only float, int8; add it with: rlkit kv .* --add int4"):
+    with pytest.raises(
+        ValueError, match=r"has no int4 cache, only float, int8; add it with: rlkit kv-cal.* --add int4"
+    ):
         open_bundle(tmp_path / "b", kv="int4")
 
 
@@ -173,7 +175,7 @@ def test_export_refuses_before_it_works(
     ],
 )
 def test_bad_words_are_one_line(words: list[str], says: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["kv", str(bundle), *words]) == 2
+    assert cli.run(["kv-calibrate", str(bundle), *words]) == 2
     assert says in last_line(capsys)
     assert not list(bundle.glob("*.kv-*"))
 
@@ -181,16 +183,16 @@ def test_bad_words_are_one_line(words: list[str], says: str, bundle: Path, capsy
 def test_bad_folders_are_one_line(
     checkpoint: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["kv", str(tmp_path / "absent"), "--add", "int8"]) == 2
+    assert cli.run(["kv-calibrate", str(tmp_path / "absent"), "--add", "int8"]) == 2
     assert "absent has no rlkit.json, so it is no rlkit bundle" in last_line(capsys)
-    assert cli.run(["kv", str(checkpoint), "--add", "int8"]) == 2
+    assert cli.run(["kv-calibrate", str(checkpoint), "--add", "int8"]) == 2
     assert "is no rlkit bundle" in last_line(capsys)
     short = tmp_path / "short.txt"
     short.write_text("the cat sat")
-    assert cli.run(["kv", str(bundle), "--add", "int8", "--text", str(short)]) == 2
+    assert cli.run(["kv-calibrate", str(bundle), "--add", "int8", "--text", str(short)]) == 2
     assert "too few to choose scales on; name a longer text, or --text generated" in last_line(capsys)
     manifest = read_json(bundle / "rlkit.json") | {"target": "webgpu"}
     (bundle / "rlkit.json").write_text(json.dumps(manifest))
-    assert cli.run(["kv", str(bundle), "--add", "int8"]) == 2
+    assert cli.run(["kv-calibrate", str(bundle), "--add", "int8"]) == 2
     assert "webgpu has no kernel for a quantized KV cache" in last_line(capsys)
     assert not list(bundle.glob("*.kv-*"))

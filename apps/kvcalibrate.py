@@ -1,4 +1,4 @@
-"""The command `kv`: which KV caches a bundle offers, and quantized ones added beside it, with scales from its own keys.
+"""The command `kv-calibrate`: KV caches that a bundle offers, and quantized ones added, with scales from its own keys.
 
 What is added are graphs of some hundred kilobytes over the data that is there; no weight is written again. Windows of
 the text alternate: on one half scales are chosen, on the other the bundle is compared with itself under a float cache.
@@ -53,7 +53,7 @@ class Wanted:
             heldout.find_text(self.text)
 
 
-def kv(  # noqa: PLR0913, one parameter per option of the command
+def kv_calibrate(  # noqa: PLR0913, one parameter per option of the command
     bundle: Annotated[Path, typer.Argument(help="A bundle folder for the CPU, made by rlkit export.")],
     add: Annotated[str | None, typer.Option(help=f"Caches to add, with commas between: {', '.join(SCHEMES)}.")] = None,
     source: Annotated[
@@ -73,7 +73,7 @@ def kv(  # noqa: PLR0913, one parameter per option of the command
 ) -> None:
     """Add quantized KV caches to a bundle, or without --add list what it offers and what each costs.
 
-    Example: rlkit kv ./bundle --add int8,int4
+    Example: rlkit kv-calibrate ./bundle --add int8,int4
     """
     manifest = read_manifest(bundle)
     if add is not None:
@@ -194,7 +194,7 @@ def show(bundle: Path, manifest: dict[str, Any], json: bool) -> None:
     columns = ("cache", "bytes per token", "of float", "KL to float", "same likeliest token")
     console.table(columns, [_line(name, sizes, facts) for name, facts in there.items()], title=str(bundle))
     if len(there) == 1:
-        console.say(f"next: rlkit kv {bundle} --add {','.join(SCHEMES)}")
+        console.say(f"next: rlkit kv-calibrate {bundle} --add {','.join(SCHEMES)}")
 
 
 def _line(name: str, sizes: dict[str, int], facts: dict[str, Any]) -> tuple[str, ...]:
