@@ -47,6 +47,7 @@ LIGHT_RECOVER = [
     "cores",
     "ggufheader",
     "hub",
+    "kvformat",
     "likelihood",
     "memory",
     "packing",
