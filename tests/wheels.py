@@ -14,16 +14,18 @@ from rlkit.recover.assets import Asset, AssetKind
 MEMBER = "tinypack/data/model.gguf"
 
 
-def build(folder: Path, members: dict[str, bytes], *, name: str = "tinypack", version: str = "1.0") -> Path:
-    """Write <name>-<version>-py3-none-any.whl holding `members`."""
+def build(
+    folder: Path, members: dict[str, bytes], *, name: str = "tinypack", version: str = "1.0", tag: str = "py3-none-any"
+) -> Path:
+    """Write <name>-<version>-<tag>.whl holding `members`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{version}-py3-none-any.whl"
+    path = folder / f"{name}-{version}-{tag}.whl"
     about = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         for member, content in members.items():
             archive.writestr(member, content)
         archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
         archive.writestr(f"{about}/RECORD", "")
     return path
 
