@@ -1,7 +1,9 @@
 """The requests of one HTTP request on their way through the engine, seen from the event loop.
 
-The engine's thread hands over events one by one; the loop wakes once for as many as there are. Closing the generator
-cancels whatever still runs or waits, so a client that leaves frees its slots at once.
+The engine's thread hands over events one by one; the loop wakes once for as many as there are, and for tokens after
+the first at most once in FLUSH_SECONDS: waking takes a core from the threads that compute, for longer than a token of a
+small model is worth, and nobody reads faster. Closing the generator cancels whatever still runs or waits, so a client
+that leaves frees its slots at once.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from typing import NamedTuple
 
 from rlkit.apps.server.refusals import crowded
 from rlkit.runtime.engine import Engine, QueueFull, Ticket, Told
-from rlkit.runtime.request import Event, Request
+from rlkit.runtime.request import Event, Request, Token
 
 RETRY_SECONDS = 0.05  # between tries to place further replies of a request that has begun
+FLUSH_SECONDS = 1 / 60  # a frame of a screen
 
 
 class Happening(NamedTuple):
@@ -29,18 +32,28 @@ class Happening(NamedTuple):
 
 
 class _Inbox:
-    """A list that another thread fills and the event loop waits for."""
+    """A list that another thread fills and the event loop waits for.
 
-    def __init__(self) -> None:
+    The first text of a reply, an end or an error wakes the loop at once. Later tokens wake it unless it has just looked;
+    then it looks again by itself, `rest` seconds later.
+    """
+
+    def __init__(self, rest: float = FLUSH_SECONDS) -> None:
         self._loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()
         self._items: deque[tuple[int, float, Told]] = deque()
         self._told = False  # a wake-up is on its way
+        self._rest, self._resting = rest, False
+        self._said: set[int] = set()  # replies that have begun to say something
 
     def put(self, choice: int, outcome: Told) -> None:
         """From any thread."""
         self._items.append((choice, time.perf_counter(), outcome))
-        if not self._told:
+        # Looked at after the item is there, as the other side looks for items after it has ended its rest.
+        waits = self._resting and isinstance(outcome, Token) and choice in self._said
+        if isinstance(outcome, Token) and outcome.text:
+            self._said.add(choice)
+        if not waits and not self._told:
             self._told = True
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
                 self._loop.call_soon_threadsafe(self._filled.set)
@@ -48,12 +61,20 @@ class _Inbox:
     async def take(self) -> list[tuple[int, float, Told]]:
         """All there is, at least one."""
         while True:
+            await self._filled.wait()
+            self._filled.clear()
             self._told = False  # before looking, so that what is put after the look wakes us
             found = [self._items.popleft() for _ in range(len(self._items))]
             if found:
+                if not self._resting:
+                    self._resting = True
+                    self._loop.call_later(self._rest, self._rested)
                 return found
-            await self._filled.wait()
-            self._filled.clear()
+
+    def _rested(self) -> None:
+        self._resting = False
+        if self._items:
+            self._filled.set()
 
 
 async def happenings(
