@@ -34,8 +34,8 @@ class Happening(NamedTuple):
 class _Inbox:
     """A list that another thread fills and the event loop waits for.
 
-    The first text of a reply, an end or an error wakes the loop at once. Later tokens wake it unless it has just looked;
-    then it looks again by itself, `rest` seconds later.
+    The first text of a reply, an end or an error wakes the loop at once. Later tokens wake it unless it has just
+    looked; then it looks again by itself, `rest` seconds later.
     """
 
     def __init__(self, rest: float = FLUSH_SECONDS) -> None:
