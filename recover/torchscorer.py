@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlkit.recover.likelihood import Likelihood, Outcome, Part
+from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part
+from rlkit.recover.source import Source
 
 CPU_IDS = 512  # of one pass; more gain nothing there, and logits over a vocabulary of 150,000 take 314 MB
 DEVICE_IDS = 16384
 LOGITS_NBYTES = 2**30  # of one pass on a device
+CPU_REPLIES, DEVICE_REPLIES = 8, 32  # written at a time: the weights are read once for all of them
 
 Past = list[torch.Tensor]
 """Keys and values (parts, KV heads, T, head size) of one row: those of all layers in one tensor for each head size, so
@@ -36,7 +38,7 @@ class TorchReader:
         vocab = int(model.config.get_text_config().vocab_size)
         roomy = max(256, LOGITS_NBYTES // (4 * vocab))
         self.max_ids = CPU_IDS if self._device.type == "cpu" else min(DEVICE_IDS, roomy)
-        self.switch = _switch(model.config.get_text_config())
+        self.switch = switch_of(model.config.get_text_config())
         self._places: list[tuple[int, int]] = []  # of each layer's keys and values: the group and the number in it
         self._partly = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -125,7 +127,7 @@ class TorchReader:
         return [torch.stack(group) for group in groups.values()]
 
 
-def _switch(config: Any) -> int | None:
+def switch_of(config: Any) -> int | None:
     """The length of rows beyond which a model turns all positions in another way, if it does."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") not in ("longrope", "dynamic"):
@@ -156,24 +158,127 @@ def torch_scorer(model: Any, *, context_length: int | None = None) -> Likelihood
 
 def replies(model: Any) -> Callable[[Sequence[int], int], list[int]]:
     """The likeliest reply of a model: prompt ids and the most new tokens -> new ids, the end of text left out."""
+    together = replies_together(model)
+    return lambda ids, most: next(made for _number, made in together([ids], [most]))
+
+
+Replies = Callable[[Sequence[Sequence[int]], Sequence[int]], Iterator[tuple[int, list[int]]]]
+"""Prompts and the most new tokens of each -> (number of the prompt, ids of its likeliest reply), in any order."""
+
+
+def replies_together(model: Any, rows: int | None = None) -> Replies:
+    """Replies to several prompts at a time, `rows` of them unless None; a row that ended leaves the pass."""
+    ends = _ends(model)
+    count = rows or (CPU_REPLIES if model.device.type == "cpu" else DEVICE_REPLIES)
+
+    def found(prompts: Sequence[Sequence[int]], most: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
+        for start in range(0, len(order), count):
+            some = order[start : start + count]
+            made = _greedy(model, [prompts[number] for number in some], [most[number] for number in some], ends)
+            yield from ((some[row], ids) for row, ids in made)
+
+    return found
+
+
+def _ends(model: Any) -> set[int]:
+    """The tokens that end a reply; none where nothing says."""
+    stops = model.generation_config.eos_token_id
+    if stops is None:
+        stops = model.config.get_text_config().eos_token_id
+    return set() if stops is None else {stops} if isinstance(stops, int) else set(stops)
+
+
+@torch.no_grad()
+def _greedy(
+    model: Any, prompts: Sequence[Sequence[int]], most: Sequence[int], ends: set[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (row, new ids) as rows end: at a token of `ends`, which is left out, or after `most` of them."""
     from transformers import DynamicCache
 
-    stops = model.generation_config.eos_token_id
-    ends = set(stops if isinstance(stops, list) else [stops])
+    width, device = max(map(len, prompts)), model.device
+    ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    seen = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):  # padded on the left, so that all rows go on at the same place
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        seen[row, width - len(prompt) :] = 1
+    places, cache = (seen.cumsum(-1) - 1).clamp(min=0), DynamicCache()
+    rows, made = list(range(len(prompts))), [list[int]() for _ in prompts]
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    step, seen, places = ids.to(device), seen.to(device), places.to(device)
+    while rows:
+        logits = model(
+            input_ids=step,
+            attention_mask=seen,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        ).logits[:, -1]
+        tokens = logits.argmax(dim=-1)
+        going = []
+        for at, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            made[row] += [] if token in ends else [token]
+            if token in ends or len(made[row]) >= most[row]:
+                yield row, made[row]
+            else:
+                going.append(at)
+        if going and len(going) < len(rows):
+            chosen = torch.tensor(going, device=device)
+            cache.batch_select_indices(chosen)
+            tokens, seen, places = tokens[chosen], seen[chosen], places[chosen]
+        rows = [rows[at] for at in going]
+        step, places = tokens[:, None], places[:, -1:] + 1
+        seen = torch.nn.functional.pad(seen, (0, 1), value=1)
 
-    @torch.no_grad()
-    def reply(ids: Sequence[int], most: int) -> list[int]:
-        cache, new, step = DynamicCache(), list[int](), list(ids)
-        while len(new) < most:
-            given = torch.tensor([step], device=model.device)
-            token = int(model(input_ids=given, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
-            if token in ends:
-                break
-            new.append(token)
-            step = [token]
-        return new
 
-    return reply
+class TorchWorker:
+    """A causal model of transformers that scores and replies."""
+
+    def __init__(self, model: Any) -> None:
+        self._scorer, self._together = torch_scorer(model), replies_together(model)
+        vocab = int(model.config.get_text_config().vocab_size)
+        self._facts = (self._scorer.context_length, vocab, str(model.device), str(model.dtype).removeprefix("torch."))
+
+    def facts(self) -> tuple[int, int, str, str]:
+        """Its context in tokens, its vocabulary, the device it is on and the type it has."""
+        return self._facts
+
+    def score(self, pairs: Sequence[Pair]) -> list[Continuation]:
+        """As `Likelihood.score`."""
+        return self._scorer.score(pairs)
+
+    def replies(self, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """As `Replies` says."""
+        return self._together(prompts, most)
+
+
+def tokenizer_of(source: Source) -> Any:
+    """The tokenizer of a folder or .gguf file, without its model. Raises ValueError where it cannot be read."""
+    from transformers import AutoTokenizer
+
+    extra: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False, **extra)
+    except (OSError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"the tokenizer of {source.reference} cannot be loaded: {first}; fetch it again") from error
+
+
+def spread(device: str, number: int) -> str:
+    """The device of process `number`: those of one kind in turn, where several are there and none is named."""
+    kind, _, index = _named(device).partition(":")
+    if index or kind not in ("cuda", "xpu") or not torch.accelerator.is_available():
+        return device
+    return f"{kind}:{number % torch.accelerator.device_count()}"
+
+
+def _named(device: str) -> str:
+    """`auto` as the fastest device there is."""
+    if device != "auto":
+        return device
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else str(accelerator.type)
 
 
 def placed(model: Any, device: str, dtype: str | None = None, threads: int | None = None) -> Any:
@@ -183,9 +288,7 @@ def placed(model: Any, device: str, dtype: str | None = None, threads: int | Non
 
     Raises ValueError for a device that is not there and for a type that is none.
     """
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else str(accelerator)
+    device = _named(device)
     if threads is not None:
         torch.set_num_threads(threads)
     kind = None if dtype is None else getattr(torch, dtype, None)
