@@ -127,7 +127,7 @@ def of_table(name: str, table: Table) -> ModelSize:
         flops=1e9 * table.number("gflop", 1e-6, MOST) if frame else 0.0,
         weights=1e6 * table.number("params_m", 0, MOST) if frame else 0.0,
         moved=1e6 * table.number("activations_m", 0, MOST) if frame else 0.0,
-        architecture=None if frame else of_config(config, f"{table.where}: {table.path}.config"),
+        architecture=None if config is None else of_config(config, f"{table.where}: {table.path}.config"),
         asset=table.text("asset", ""),
         inputs=_inputs(table),
         values=_values(table),

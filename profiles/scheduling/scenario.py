@@ -152,7 +152,7 @@ class Scenario:
     @property
     def used_models(self) -> tuple[str, ...]:
         """Names of models, each once, in the order of the file."""
-        return tuple(dict.fromkeys(part.model for part in (*self.streams, *self.requests)))
+        return tuple(dict.fromkeys([*(each.model for each in self.streams), *(each.model for each in self.requests)]))
 
 
 def read(path: Path) -> Scenario:
