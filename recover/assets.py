@@ -47,6 +47,7 @@ class AssetKind(StrEnum):
     TEXT = "text"
     TASKS = "tasks"
     IMAGES = "images"
+    ONNX = "onnx"
 
 
 class DownloadError(OSError):
