@@ -189,7 +189,7 @@ def parse(words: str, group: int | None = None) -> KVScheme:
         else:
             known = f"{', '.join(GRANULARITIES)}, the same with k or v in front, gN, wN, sym, min, smooth"
             raise ValueError(f"kv {words!r}: option {option!r} does not exist; use {known}")
-    formats = [
+    keys, values = (
         _canonical(
             replace(
                 form,
@@ -200,8 +200,8 @@ def parse(words: str, group: int | None = None) -> KVScheme:
             )
         )
         for part, form in (("k", named.keys), ("v", named.values))
-    ]
-    return _scheme(*formats, named.smooth or found["smooth"], sizes["w"])
+    )
+    return _scheme(keys, values, named.smooth or found["smooth"], sizes["w"])
 
 
 def _named(base: str) -> KVScheme:
