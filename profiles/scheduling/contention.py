@@ -14,22 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-ROUNDS = 60  # Newton's; a handful is enough
-
 
 def rates(demands: Sequence[float], cap: float) -> tuple[float, ...]:
     """Speed of each step beside the others, as a share of its speed alone."""
     if sum(demands) <= cap:
         return (1.0,) * len(demands)
     # sum d / (1 + d (x - 1)) falls and is convex in x: from the left, Newton's steps rise to the root, never past it.
-    x = 1.0
-    for _ in range(ROUNDS):
+    x, step = 1.0, 1.0
+    while step > 0.0 and x + step > x:
         excess, slope = -cap, 0.0
         for demand in demands:
             rate = 1.0 / (1.0 + demand * (x - 1.0))
             excess += demand * rate
             slope += (demand * rate) ** 2
-        if excess <= 1e-12 * cap:
-            break
-        x += excess / slope
+        step = excess / slope
+        x += max(step, 0.0)
     return tuple(1.0 / (1.0 + demand * (x - 1.0)) for demand in demands)
