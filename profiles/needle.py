@@ -21,7 +21,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from rlkit.profiles.taskscore import Scorer
 
@@ -151,6 +151,20 @@ class Case:
         return [self.encode(f" {number}") for number in (question.answer, *question.decoys)]
 
 
+class Asking(Protocol):
+    """A text and questions about it, a `Case` or another: what `by_likelihood` needs."""
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """What is asked, each with DECOYS wrong answers."""
+
+    def prompt(self, question: Question) -> list[int]:
+        """The ids of the text and a question."""
+
+    def options(self, question: Question) -> list[list[int]]:
+        """The ids of the answer, then of the decoys."""
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """Whether each needle was found; by likelihood, each answer's log-probability, by generation the replies."""
@@ -184,8 +198,8 @@ def make(wanted: Wanted, encode: Encode, start: Sequence[int] = ()) -> Case:
     if room < 0:
         why = f"{wanted.length} tokens do not hold the needles and their questions, which take {wanted.length - room}"
         raise ValueError(f"{why}; ask for a longer text or fewer needles")
-    hay = _hay(room, encode, wanted.seed)
-    ids, places = _hidden(hay, needles, wanted.depths, list(start))
+    hay = hay_of(room, encode, wanted.seed)
+    ids, places = hidden(hay, needles, wanted.depths, list(start))
     questions = []
     for number, (begin, end, depth) in enumerate(places):
         wrong = [key for key in keys if key != keys[number]][:DECOYS]
@@ -202,10 +216,13 @@ def _said(style: str, owner: str, key: str) -> tuple[str, str]:
     return f"T{what} {key}.", f"What is the secret number of {owner}? T{what}"
 
 
-def _hidden(
+def hidden(
     hay: Sequence[Sequence[int]], needles: Sequence[Sequence[int]], depths: Sequence[float], ids: list[int]
 ) -> tuple[list[int], list[tuple[int, int, float]]]:
-    """`ids`, then the hay with the needles in it; of each needle begin, end, and the share of the hay before it."""
+    """`ids`, then the hay with the needles in it; of each needle begin, end, and the share of the hay before it.
+
+    `depths` says where each needle belongs, as a share of the hay; it comes to lie between two sentences.
+    """
     ends = [0, *accumulate(map(len, hay))]  # where needles may lie, in tokens of hay
     at = [_nearest(ends, depth * ends[-1]) for depth in depths]
     places: dict[int, tuple[int, int, float]] = {}
@@ -225,7 +242,7 @@ def _nearest(ends: Sequence[int], wanted: float) -> int:
     return left if wanted - ends[left] < ends[right] - wanted else right
 
 
-def _hay(count: int, encode: Encode, seed: int) -> list[list[int]]:
+def hay_of(count: int, encode: Encode, seed: int) -> list[list[int]]:
     """Sentences of exactly `count` ids; the first has lost its beginning."""
     found: list[list[int]] = []
     total = 0
@@ -260,7 +277,7 @@ def sentences(seed: int = 0) -> Iterator[str]:
             yield line[0].upper() + line[1:]
 
 
-def by_likelihood(case: Case, scorer: Scorer) -> Found:
+def by_likelihood(case: Asking, scorer: Scorer) -> Found:
     """Which needles' numbers are likelier than all decoys."""
     pairs = [(case.prompt(question), ids) for question in case.questions for ids in case.options(question)]
     logprobs = [said.logprob for said in scorer.score(pairs)]
