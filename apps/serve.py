@@ -44,7 +44,7 @@ def serve(  # noqa: PLR0913, one parameter per option of the command
         float | None, typer.Option(metavar="GB", help="For all open bundles; default: three quarters of what there is.")
     ] = None,
     kv: Annotated[str | None, typer.Option(help="KV cache: float, or int8 or int4 where the bundle has it.")] = None,
-    device: Annotated[str, typer.Option(help="Device to run on.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, auto, or a device that rlkit doctor lists.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; as the bundle says.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the address as one line of JSON when ready.")] = False,
 ) -> None:
@@ -105,7 +105,13 @@ def _memory_nbytes(asked: float | None) -> int:
 
 
 def _opener(device: str, threads: int | None, kv: str | None) -> Callable[[Path], Session]:
-    return lambda folder: open_bundle(folder, device=device, threads=threads, kv=kv)
+    def opened(folder: Path) -> Session:
+        session = open_bundle(folder, device=device, threads=threads, kv=kv)
+        if device != "cpu":
+            console.say(f"{folder.name} on {session.device}: {session.why}")
+        return session
+
+    return opened
 
 
 @contextlib.contextmanager

@@ -170,6 +170,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_says_where_it_listens_and_ends_on_a_signal(bundle: Path) -> None:
     command = [sys.executable, "-m", "rlkit.apps.cli", "serve", str(bundle), "--port", "0", "--json"]
+    command += ["--device", "auto"]
     settings = {**os.environ, "RLKIT_API_KEY": "k", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings) as process:
         assert process.stdout is not None
@@ -184,6 +185,7 @@ def test_the_command_says_where_it_listens_and_ends_on_a_signal(bundle: Path) ->
     assert process.returncode == 0
     assert out == ""
     assert f"listening at {line['address']}" in said and "models: tiny" in said and "Traceback" not in said
+    assert "tiny on cpu: the processor: " in said  # what auto took, and why
 
 
 def test_a_port_in_use(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
