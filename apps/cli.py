@@ -62,9 +62,13 @@ COMMANDS = {
     "compare": Command("rlkit.apps.compare:compare", "Put the forecast beside what a bundle does here.", "Know"),
     "eval": Command("rlkit.apps.evaluate:run_eval", "Measure accuracy on benchmarks, and recovery.", "Know"),
     "lm-eval": Command("rlkit.apps.lmeval:harness", "Run lm-evaluation-harness on a bundle.", "Know", foreign=True),
+    "kv": Command("rlkit.apps.frontier:frontier", "Find the frontier of memory and accuracy over KV caches.", "Know"),
     "calibrate": Command("rlkit.apps.calibrate:calibrate", "Measure this machine, for forecasts.", "Know"),
     "devices": Command("rlkit.apps.devices:devices", "What is known of processors, with every source.", "Know"),
     "forecast": Command("rlkit.apps.forecast:forecast", "Forecast speed, memory and energy on a device.", "Know"),
+    "profile-models": Command(
+        "rlkit.apps.profilemodels:profile_models", "Time real ONNX models here, for schedules.", "Know"
+    ),
     "report": Command("rlkit.apps.report:report", "Merge several machines' results into a table and a page.", "Know"),
 }
 

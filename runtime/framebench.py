@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from rlkit.export.reshape import reshaped
 from rlkit.recover.memory import peak_nbytes
+from rlkit.runtime.devices import seen
 from rlkit.runtime.providers import PROVIDERS
 
 Clock = Callable[[], float]
@@ -174,6 +175,19 @@ def available(provider: str) -> str:
     return found[0]
 
 
+def others() -> tuple[str, ...]:
+    """Providers beside the processor that are built into the runtime here and have a device, by rlkit's names."""
+    ready = {device.provider for device in seen()} | {device.name for device in seen()}
+    return tuple(name for name in PROVIDERS if name != "cpu" and name in ready and _builtin(name))
+
+
+def _builtin(provider: str) -> bool:
+    try:
+        return bool(available(provider))
+    except ValueError:
+        return False
+
+
 def feeds(
     inputs: Sequence[Any], shapes: Mapping[str, Sequence[int]], values: Mapping[str, float], what: str
 ) -> dict[str, NDArray[Any]]:
@@ -295,16 +309,21 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def main() -> None:
-    """Answer the job on standard input."""
+def serve(answering: Callable[[dict[str, Any]], Any]) -> None:
+    """Answer the job on standard input with a record, or with what went wrong."""
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print goes to standard error
     try:
-        said = asdict(answer(Job(**json.loads(sys.stdin.read()))))
+        said = asdict(answering(json.loads(sys.stdin.read())))
     except (ValueError, OSError) as error:
         said = {"error": _line(error)}
     with contextlib.closing(os.fdopen(out, "w", encoding="utf-8")) as answers:
         json.dump(said, answers)
+
+
+def main() -> None:
+    """Answer the job on standard input."""
+    serve(lambda job: answer(Job(**job)))
 
 
 if __name__ == "__main__":
