@@ -1,0 +1,283 @@
+"""What would happen: a schedule played forward from now over a short horizon, and what it costs.
+
+The world is simplified: jobs that are there, frames that periodic streams will bring at their nominal times, frames
+that follow others, requests that go on as they are; steps share the memory's bandwidth as in the simulator. **Claims**
+(steps that want a unit) are served in order, each where it would finish first, the queue of busy units counted; a claim
+whose best unit is busy waits for it. A frame that can no longer be in time is given up, at its weight.
+
+Costs are in violations: a frame not in time its weight, a late token its weight times 1 + its lateness in targets (so
+that a token which is late anyway is not put off for ever), a prompt behind its time likewise.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from typing import NamedTuple, Optional
+
+from rlkit.profiles.scheduling.contention import rates
+
+__all__ = ["ENDLESS", "Claim", "Mode", "Play", "Ways", "World", "frame_number"]
+
+ENDLESS = float(1 << 62)
+REMEMBERED = 20_000  # sets of demands whose speeds are kept
+NS_PER_MS = 1e6
+PRESSURE = 0.3  # of a violation: a prompt that needs all the time it has
+PROGRESS = 0.01  # of a token's weight: what a token is worth beyond its target
+BACKLOG = 1e-5  # violations per ms of work left at the end: between equals, what is done sooner
+
+Ways = tuple[tuple[int, float, float], ...]  # of a step: (unit, ns with setup, demand)
+
+
+class Mode(NamedTuple):
+    """How a request goes on: `left` chunks of its prompt after this step (the last may be a share; of a token: -1)."""
+
+    left: float
+    chunk: Ways
+    token: Ways  # () = not known yet
+    target: float  # ns per token
+
+
+class Claim(NamedTuple):
+    """A step that wants a unit; `deadline` absolute. A frame brings `child` with it, if another stream follows its own.
+
+    `number` is unique and the same before and after a frame has come (`frame_number`).
+    """
+
+    order: float
+    number: int
+    deadline: float
+    ways: Ways
+    weight: float
+    child: Optional[Claim] = None  # noqa: UP045, a name that is not there yet
+    mode: Mode | None = None
+
+
+def frame_number(stream: int, deadline: int) -> int:
+    """What identifies a frame, come or not."""
+    return deadline << 8 | stream & 255
+
+
+class World:
+    """Units and the memory between them."""
+
+    __slots__ = ("_cap", "_known")
+
+    def __init__(self, cap: float) -> None:
+        self._cap = cap
+        self._known: dict[tuple[float, ...], tuple[float, ...]] = {}
+
+    def speeds(self, demands: list[float]) -> tuple[float, ...]:
+        """Share of its speed alone of the step on each unit."""
+        key = tuple(demands)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) > REMEMBERED:
+                self._known.clear()
+            found = self._known[key] = rates(key, self._cap)
+        return found
+
+
+class Play:
+    """One future. Give it what runs (`hold`), then perhaps a first `start` or a `bar`, then `run` it."""
+
+    __slots__ = (
+        "begun",
+        "cost",
+        "demands",
+        "first",
+        "held",
+        "idle",
+        "lost",
+        "now",
+        "patient",
+        "speeds",
+        "until",
+        "waiting",
+        "world",
+    )
+
+    def __init__(self, world: World, now: float, units: int, waiting: list[Claim], patient: bool) -> None:
+        """`waiting` in order; it is changed. `patient`: claims wait for a busy unit where they would finish first."""
+        self.patient = patient
+        self.world = world
+        self.now = self.begun = now
+        self.waiting = waiting
+        self.cost = 0.0
+        self.lost: list[int] = []  # numbers of what is violated
+        self.idle = units
+        self.until = [ENDLESS] * units
+        self.demands = [0.0] * units
+        self.speeds: tuple[float, ...] = (1.0,) * units
+        self.held: list[Claim | None] = [None] * units
+        self.first: tuple[Claim, int] | None = None  # what was started first, and on which unit
+
+    def hold(self, unit: int, until: float, demand: float, claim: Claim | None) -> None:
+        """A step that runs already; `until` at the speed that it has among all that are held."""
+        self.until[unit], self.demands[unit], self.held[unit] = until, demand, claim
+        self.idle -= 1
+
+    def settle(self) -> None:
+        """Everything that runs is held."""
+        self.speeds = self.world.speeds(self.demands)
+
+    def bar(self, unit: int, until: float) -> None:
+        """Leave an idle unit idle up to a time."""
+        self.until[unit] = until
+        self.idle -= 1
+
+    def start(self, claim: Claim, unit: int, ns: float, demand: float) -> None:
+        """Run a claim's step on an idle unit from now on."""
+        self.held[unit] = claim
+        self.until[unit] = self.now + ns
+        self.idle -= 1
+        if demand:
+            self.demands[unit] = demand
+            self._share()
+
+    def _share(self) -> None:
+        """Plan the finishes anew for the demands there are."""
+        before = self.speeds
+        after = self.world.speeds(self.demands)
+        if after is not before and after != before:
+            now, until = self.now, self.until
+            for unit, speed in enumerate(after):
+                if speed != before[unit] and until[unit] < ENDLESS:
+                    until[unit] = now + (until[unit] - now) * before[unit] / speed
+        self.speeds = after
+
+    def run(self, coming: list[Claim], arrivals: list[float], end: float, limit: float = ENDLESS) -> float:
+        """Play to the end, or until it costs more than `limit`, and give the cost.
+
+        `coming[i]` comes at `arrivals[i]`, in order of time; one more time is after the end.
+        """
+        place, until, waiting = 0, self.until, self.waiting
+        arrival = arrivals[0]
+        while True:
+            if self.idle and waiting:
+                self.serve()
+            soonest = min(until)
+            now = min(soonest, arrival)
+            if now > end:
+                self.now = end
+                self._close(end)
+                break
+            if self.cost > limit:
+                break
+            self.now = now
+            if soonest <= now:
+                self._finish(until.index(soonest))
+            while arrival <= now:
+                insort(waiting, coming[place])
+                place += 1
+                arrival = arrivals[place]
+        return self.cost
+
+    def serve(self) -> None:
+        """Start what is in turn and has its best unit idle."""
+        now, waiting, held = self.now, self.waiting, self.held
+        if self.patient:
+            free = [now if time == ENDLESS else time for time in self.until]
+        else:
+            free = [now if time == ENDLESS else ENDLESS for time in self.until]
+        place = 0
+        while place < len(waiting) and self.idle:
+            claim = waiting[place]
+            unit, ns, demand, finish = self._where(claim.ways, free)
+            if finish > claim.deadline and claim.mode is None:
+                if now + claim.ways[0][1] > claim.deadline:
+                    self._lose(claim, 1.0)
+                    del waiting[place]
+                else:
+                    place += 1
+            elif free[unit] <= now and held[unit] is None:
+                del waiting[place]
+                if self.first is None and now == self.begun:
+                    self.first = claim, unit
+                self.start(claim, unit, ns, demand)
+                free[unit] = finish
+            else:
+                free[unit] = finish
+                place += 1
+
+    def _where(self, ways: Ways, free: list[float]) -> tuple[int, float, float, float]:
+        """(unit, ns, demand, finish) of the way that finishes first."""
+        demands, best, least = self.demands, ways[0], ENDLESS
+        for way in ways:
+            unit, ns, demand = way
+            if demand:
+                kept = demands[unit]
+                demands[unit] = demand
+                ns /= self.world.speeds(demands)[unit]
+                demands[unit] = kept
+            finish = free[unit] + ns
+            if finish < least:
+                best, least = way, finish
+        return *best, least
+
+    def _finish(self, unit: int) -> None:
+        claim, now = self.held[unit], self.now
+        self.held[unit] = None
+        self.until[unit] = ENDLESS
+        self.idle += 1
+        if self.demands[unit]:
+            self.demands[unit] = 0.0
+            self._share()
+        if claim is None:
+            return
+        if claim.mode is not None:
+            self._go_on(claim, claim.mode)
+            return
+        if now > claim.deadline:
+            self._lose(claim, 1.0)
+        if claim.child is not None:
+            insort(self.waiting, claim.child)
+
+    def _go_on(self, claim: Claim, mode: Mode) -> None:
+        """The next step of a request."""
+        now = self.now
+        if mode.left > 0:
+            left = max(mode.left - 1.0, 0.0)
+            ways = mode.chunk
+            if mode.left < 1.0:
+                ways = tuple((unit, ns * mode.left, demand) for unit, ns, demand in ways)
+            insort(self.waiting, claim._replace(ways=ways, mode=mode._replace(left=left)))
+            return
+        self.cost -= claim.weight * PROGRESS
+        if now > claim.deadline:
+            self._lose(claim, 1.0 + (now - claim.deadline) / mode.target)
+        if mode.token:
+            due = (claim.deadline if mode.left < 0 else now) + mode.target
+            insort(
+                self.waiting, Claim(due, claim.number, due, mode.token, claim.weight, None, mode._replace(left=-1.0))
+            )
+
+    def _lose(self, claim: Claim, times: float) -> None:
+        self.cost += claim.weight * times
+        self.lost.append(claim.number)
+
+    def _close(self, end: float) -> None:
+        """Count what is under way at the end."""
+        left = 0.0
+        for claim, until in zip(self.held, self.until, strict=True):
+            if until < ENDLESS:
+                left += until - end
+                if claim is not None:
+                    self._judge(claim, until)
+        for claim in self.waiting:
+            left += claim.ways[0][1]
+            self._judge(claim, end + claim.ways[0][1])
+        self.cost += left / NS_PER_MS * BACKLOG
+
+    def _judge(self, claim: Claim, finish: float) -> None:
+        """What a step costs that will finish then at the earliest, after the end."""
+        mode, deadline = claim.mode, claim.deadline
+        if mode is None:
+            if finish > deadline:
+                self._lose(claim, 1.0)
+            return
+        if mode.left > 0:
+            finish += mode.left * mode.chunk[0][1]
+        if finish > deadline:
+            self._lose(claim, 1.0 + (finish - deadline) / mode.target)
+        elif mode.left >= 0:
+            self.cost += claim.weight * PRESSURE * ((finish - self.now) / max(deadline - self.now, 1.0)) ** 2
