@@ -25,7 +25,7 @@ BITS = (2, 4, 8, 16)
 WHOLE = 16  # bits of what is not rounded to codes
 GRANULARITIES = ("token", "channel", "tensor", "block")
 GROUP = 64
-SETTLE = 64  # tokens that smoothing takes the mean of keys from at least; until there are as many, they stay in 16 bit
+SETTLE = 32  # tokens that smoothing takes the mean of keys from at least; until there are as many, they stay in 16 bit
 HALF, SINGLE = 2, 4  # bytes of a number
 _BASE = re.compile(r"k(\d+)v(\d+)")
 _COUNT = re.compile(r"([gw])(\d+)")
@@ -91,7 +91,7 @@ class KVFormat:
     def nbytes(self, kv_heads: int, head_dim: int, tokens: int, window: int = 0, smooth: bool = False) -> int:
         """Bytes of one layer's keys, or values, after `tokens` of one sequence."""
         codes = self.settled(tokens, window, smooth)
-        nbytes = kv_heads * head_dim * (codes * self.bits // 8 + HALF * (tokens - codes))
+        nbytes = kv_heads * head_dim * codes * self.bits // 8 + HALF * kv_heads * head_dim * (tokens - codes)
         if smooth and codes:
             nbytes += HALF * kv_heads * head_dim
         return nbytes + self._scale_nbytes(kv_heads, head_dim, codes)
