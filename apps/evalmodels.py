@@ -6,28 +6,34 @@ A model is opened only if something has to be computed, and closed before the ne
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlkit.apps import heldout
 from rlkit.apps.heldout import HeldOut
+from rlkit.apps.scorers import Judge, fingerprint, scorer_for
 from rlkit.apps.scorers import Tokens as Tokenizer
-from rlkit.apps.scorers import fingerprint, scorer_for
-from rlkit.profiles import evaluation
+from rlkit.profiles import evaluation, taskask
 from rlkit.profiles.divergence import Divergence, LogitsFn
+from rlkit.profiles.taskreply import Said
 from rlkit.profiles.taskscore import Scorer
 from rlkit.recover import assets, cache, memory, source
 from rlkit.recover.atomic import sha256, write_json
 from rlkit.recover.progress import Tell, silent
 from rlkit.recover.source import Source, SourceKind
+from rlkit.runtime.thoughts import OPEN, opens_thought
+
+NO_TEMPLATE, NO_ROOM = "a model without a chat template", "a message that leaves no room for a reply"
+MANNERS = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """How models are run: `device` and `dtype` for torch, `kv` and `workers` for bundles, `threads` for both."""
+    """How models are run: `device` and `dtype` for torch, `kv` for bundles, `workers` and `threads` for both."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -37,67 +43,110 @@ class Ways:
 
     def of(self, found: Source) -> dict[str, Any]:
         """What of it concerns a model, as arguments of `scorer_for`."""
+        both = {"workers": self.workers, "threads": self.threads}
         if found.kind is SourceKind.BUNDLE:
-            return {"kv": self.kv, "workers": self.workers, "threads": self.threads}
-        return {"device": self.device, "dtype": self.dtype, "threads": self.threads}
+            return {"kv": self.kv, **both}
+        return {"device": self.device, "dtype": self.dtype, **both}
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model to evaluate, by the name it has in tables."""
+    """A model to evaluate, by the name it has in tables; `adapter` is one of a bundle's."""
 
     name: str
     model: Source
     ways: Ways
+    adapter: str | None = None
 
     @property
     def facts(self) -> dict[str, str]:
         """What it is, for a report."""
         kind = str(self.model.kind)
         if self.model.kind is SourceKind.BUNDLE:
-            return {"form": kind, "reference": _bare(self.model), "kv": self.ways.kv or "float"}
+            adapter = {} if self.adapter is None else {"adapter": self.adapter}
+            return {"form": kind, "reference": _bare(self.model), "kv": self.ways.kv or "float", **adapter}
         dtype = self.ways.dtype or ("float32" if self.ways.device == "cpu" else "as stored")
         return {"form": kind, "reference": _bare(self.model), "device": self.ways.device, "dtype": dtype}
 
     @property
     def identity(self) -> str:
         """Changes with its weights, tokenizer and graph, and with what it computes in; not with threads or workers."""
-        how = self.facts | {"reference": ""}
-        return fingerprint(self.model, " ".join(f"{key}={value}" for key, value in sorted(how.items())))
+        how = {key: value for key, value in self.facts.items() if key != "adapter"} | {"reference": ""}
+        return fingerprint(self.model, " ".join(f"{key}={value}" for key, value in sorted(how.items())), self.adapter)
+
+    @property
+    def manner(self) -> str:
+        """Changes with what else decides on replies: the chat template and the tokens that end one."""
+        files = [self.model.path / name for name in MANNERS if not self.model.gguf_file]
+        return " ".join(sha256(file) for file in files if file.is_file())
 
     @contextlib.contextmanager
     def subject(self, tell: Tell = silent) -> Iterator[evaluation.Subject]:
         """The model for `evaluate`, closed with the block if it was opened."""
         with contextlib.ExitStack() as stack:
 
-            def opened() -> tuple[Scorer, evaluation.Tokens]:
+            @functools.cache
+            def judge() -> Judge:
                 stack.callback(memory.give_back)  # after it is closed
-                judge = stack.enter_context(scorer_for(self.model.reference, **self.ways.of(self.model), tell=tell))
-                return judge.scorer, _tokens(judge.tokens, judge.facts.context_length)
+                ways = self.ways.of(self.model)
+                return stack.enter_context(scorer_for(self.model.reference, **ways, adapter=self.adapter, tell=tell))
 
-            yield evaluation.Subject(self.name, self.identity, opened)
+            def opened() -> tuple[Scorer, taskask.Tokens]:
+                return judge().scorer, _tokens(judge().tokens, judge().facts.context_length)
+
+            yield evaluation.Subject(self.name, self.identity, opened, lambda: Talk(judge()), self.manner)
 
 
-def _tokens(tokens: Tokenizer, limit: int) -> evaluation.Tokens:
-    return evaluation.Tokens(tokens.encode_special, limit, tokens.prefix)
+class Talk:
+    """A model that is talked to: each message is a talk of its own, in the model's chat template."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+
+    def replies(self, texts: Mapping[str, str], most: int) -> Iterator[Said]:
+        """Replies by item, as they come; where there can be none, why."""
+        judge, prompts = self._judge, dict[str, str]()
+        try:
+            prompts = {name: judge.template([{"role": "user", "content": text}]) for name, text in texts.items()}
+        except ValueError:
+            yield from (Said(name, "", 0, False, NO_TEMPLATE) for name in texts)
+        ids = {name: judge.tokens.encode(prompt) for name, prompt in prompts.items()}
+        rooms = {name: judge.facts.context_length - len(some) for name, some in ids.items()}
+        yield from (Said(name, "", 0, False, NO_ROOM) for name, room in rooms.items() if room < 1)
+        asked = [name for name, room in rooms.items() if room >= 1]
+        for number, made in judge.replies([ids[name] for name in asked], most):
+            name = asked[number]
+            text = (OPEN if opens_thought(prompts[name]) else "") + judge.tokens.decode(made)
+            yield Said(name, text, len(made), len(made) < min(most, rooms[name]))
+
+
+def _tokens(tokens: Tokenizer, limit: int) -> taskask.Tokens:
+    return taskask.Tokens(tokens.encode_special, limit, tokens.prefix)
 
 
 def candidates(
-    references: Sequence[str], ways: Ways, tell: Tell = silent, *, download: bool = False
+    references: Sequence[str | tuple[str, str]], ways: Ways, tell: Tell = silent, *, download: bool = False
 ) -> list[Candidate]:
-    """Models by reference, each once, in order, with names as short as they can be told apart.
+    """Models by reference, or by reference and adapter, each once, in order, with the shortest names that differ.
 
-    With `download`, assets are fetched that are not kept. Raises FileNotFoundError or ValueError for what is no model.
+    With `download`, assets are fetched that are not kept. Raises FileNotFoundError or ValueError for what is no model,
+    and for an adapter of what is no bundle.
     """
-    found: dict[Path, Source] = {}
-    for reference in references:
+    found: dict[tuple[Path, str | None], Source] = {}
+    for given in references:
+        reference, adapter = given if isinstance(given, tuple) else (given, None)
         model = source.resolve(reference, download=download and reference in assets.registry(), tell=tell)
-        found.setdefault(model.file.resolve(), model)
+        if adapter is not None and model.kind is not SourceKind.BUNDLE:
+            raise ValueError(f"{reference} is no bundle, and adapter {adapter!r} is for bundles; leave it out")
+        found.setdefault((model.file.resolve(), adapter), model)
     bare = [_bare(model) for model in found.values()]
-    names = [
-        name if bare.count(name) == 1 else model.reference for name, model in zip(bare, found.values(), strict=True)
+    alone = {name: len({key[0] for key, other in zip(found, bare, strict=True) if other == name}) == 1 for name in bare}
+    return [
+        Candidate(
+            (name if alone[name] else model.reference) + (f" + {adapter}" if adapter else ""), model, ways, adapter
+        )
+        for name, ((_file, adapter), model) in zip(bare, found.items(), strict=True)
     ]
-    return [Candidate(name, model, ways) for name, model in zip(names, found.values(), strict=True)]
 
 
 def _bare(model: Source) -> str:
@@ -154,8 +203,13 @@ def _loaded(candidate: Candidate) -> tuple[LogitsFn, heldout.Encode]:
 
 def _bundle_logits(candidate: Candidate) -> LogitsFn:
     from rlkit.export.plan import default_threads
+    from rlkit.runtime.bundlescorer import adapter_file
     from rlkit.runtime.plain import Plain
 
     folder, ways = candidate.model.path, candidate.ways
     decoder = source.read_json(folder / "genai_config.json")["model"]["decoder"]
-    return Plain(folder, decoder, ways.threads or default_threads(), ways.kv).logits
+    plain = Plain(folder, decoder, ways.threads or default_threads(), ways.kv)
+    if candidate.adapter is None:
+        return plain.logits
+    file = adapter_file(folder, candidate.adapter)
+    return lambda ids: plain.logits(ids, file)

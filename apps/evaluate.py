@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from rlkit.apps.evalmodels import Candidate, Ways
 from rlkit.apps.heldout import HeldOut
 from rlkit.profiles import evalreport, tasks
 from rlkit.profiles.evalreport import Evaluation, ModelResult
-from rlkit.profiles.evaluation import Store, evaluate, sized
+from rlkit.profiles.evaluation import Store, TaskResult, calibration, evaluate, sized
 from rlkit.profiles.tasks import Spec, Task
 from rlkit.recover import assets, cache
 from rlkit.recover.atomic import refuse_existing, write_json, write_text
@@ -40,10 +41,11 @@ def run_eval(  # noqa: PLR0913, one parameter per option of the command
     compare: Annotated[list[str] | None, typer.Option(help="Another model in the same table; may be repeated.")] = None,
     text: Annotated[str, typer.Option(help="Text for KL and perplexity: builtin, an asset, a file.")] = heldout.BUILTIN,
     min_tokens: Annotated[int, typer.Option(help="Tokens of that text.")] = 4000,
+    adapter: Annotated[str | None, typer.Option(help="MODEL is a bundle: one of its adapters.")] = None,
     device: Annotated[str, typer.Option(help="For torch models: cpu, cuda, auto.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="For torch models: float32, bfloat16, float16.")] = None,
     kv: Annotated[str | None, typer.Option(help="For bundles: which KV cache.")] = None,
-    workers: Annotated[int, typer.Option(help="For bundles: processes.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes, with a model each.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads of each process.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the sample of items, and the bootstrap.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
@@ -64,7 +66,8 @@ def run_eval(  # noqa: PLR0913, one parameter per option of the command
     """
     _check_files(output, html, force=force)
     wanted = _Wanted(tasks.find(asked), _limit(limit), _points(width), seed)
-    references = list(dict.fromkeys(filter(None, [against, quantized, model, *(compare or [])])))
+    asked_for = model if adapter is None else (model, adapter)
+    references = list(dict.fromkeys(one for one in (against, quantized, asked_for, *(compare or [])) if one))
     ways = Ways(device, dtype, kv, workers, threads)
     if quantized is not None and against is None:
         raise ValueError("--quantized is for the recovery, which needs the full model too; name it with --against")
@@ -140,7 +143,11 @@ def _named(models: Sequence[Candidate], reference: str | None, ways: Ways) -> st
     if reference is None:
         return None
     (alone,) = evalmodels.candidates([reference], ways)
-    return next(model.name for model in models if model.model.file.resolve() == alone.model.file.resolve())
+    return next(
+        model.name
+        for model in models
+        if model.adapter is None and model.model.file.resolve() == alone.model.file.resolve()
+    )
 
 
 def _store() -> Store:
@@ -150,22 +157,40 @@ def _store() -> Store:
 def _evaluated(
     wanted: _Wanted, whole: list[Task], models: Sequence[Candidate], roles: _Roles, tell: Tell
 ) -> Evaluation:
-    """Every model on the same items; how many, the first one says where that is asked."""
-    sizes: dict[str, str] = {}
+    """Every model on the same items; how many, all of them together say where that is asked."""
     if wanted.limit == 0:
-        with models[0].subject(tell) as subject:
-            found = sized(whole, subject, _store(), wanted.width, tell, wanted.seed)
-        chosen = [task for task, _ in found]
-        sizes = {task.name: f"{sizing.text()} of {models[0].name}" for task, sizing in found}
+        chosen, sizes = _sized(wanted, whole, models, tell)
     else:
-        chosen = [task.sample(wanted.limit, wanted.seed) for task in whole]
-    results = []
+        chosen, sizes = [task.sample(wanted.limit, wanted.seed) for task in whole], {}
+    results = [
+        ModelResult(candidate.name, candidate.facts, found)
+        for candidate, found in zip(models, _results(chosen, models, tell), strict=True)
+    ]
+    return Evaluation(tuple(results), roles.full, roles.quantized, sizes, about=_about(chosen), seed=wanted.seed)
+
+
+def _sized(
+    wanted: _Wanted, whole: list[Task], models: Sequence[Candidate], tell: Tell
+) -> tuple[list[Task], dict[str, str]]:
+    """As many items of every task as the model needs that needs most, and why so many."""
+    with contextlib.ExitStack() as stack:  # only asked what is kept: none is opened
+        subjects = [stack.enter_context(model.subject()) for model in models]
+        first = [calibration(task, subjects, _store(), wanted.seed) for task in whole]
+    pilots = _results(first, models, tell)
+    found = [
+        sized(task, results, wanted.width, wanted.seed)
+        for task, results in zip(whole, zip(*pilots, strict=True), strict=True)
+    ]
+    names = [model.name for model in models]
+    whose = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}, as many as any of them needs"
+    return [task for task, _ in found], {task.name: f"{sizing.text()} of {whose}" for task, sizing in found}
+
+
+def _results(chosen: Sequence[Task], models: Sequence[Candidate], tell: Tell) -> Iterator[tuple[TaskResult, ...]]:
+    """Every model's results, one model after the other."""
     for candidate in models:
         with candidate.subject(tell) as subject:
-            results.append(
-                ModelResult(candidate.name, candidate.facts, tuple(evaluate(chosen, subject, _store(), tell)))
-            )
-    return Evaluation(tuple(results), roles.full, roles.quantized, sizes, about=_about(chosen), seed=wanted.seed)
+            yield tuple(evaluate(chosen, subject, _store(), tell))
 
 
 def _about(chosen: Sequence[Task]) -> tuple[str, ...]:

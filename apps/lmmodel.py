@@ -52,6 +52,7 @@ class Opening:
 
     def check(self) -> None:
         """Raise now, in one line, what opening would raise later."""
+        from rlkit.runtime.bundlescorer import adapter_file
         from rlkit.runtime.devices import choose, target_of
         from rlkit.runtime.folder import read_bundle
         from rlkit.runtime.kv import check
@@ -61,21 +62,7 @@ class Opening:
         if choose(self.device, target_of(manifest)).device.provider != "cpu":
             log.warning("replies come from the device %s, log-likelihoods from the CPU", self.device)
         if self.adapter is not None:
-            self.adapter_file()
-            if self.workers != 1:
-                raise ValueError(f"workers={self.workers} cannot score with an adapter; leave one of them out")
-
-    def adapter_file(self) -> Path:
-        """The adapter's file, found among those there are."""
-        from rlkit.runtime.plain import ADAPTER_SUFFIX
-
-        files = {
-            file.name.removesuffix(ADAPTER_SUFFIX): file for file in self.folder.glob(f"adapters/*{ADAPTER_SUFFIX}")
-        }
-        if self.adapter not in files:
-            there = f"use {', '.join(sorted(files))}" if files else "it has none, so leave adapter= out"
-            raise ValueError(f"{self.folder} has no adapter {self.adapter!r}; {there}")
-        return files[self.adapter]
+            adapter_file(self.folder, self.adapter)
 
     def session(self) -> Session:
         """What generates."""
@@ -87,9 +74,7 @@ class Opening:
         """What judges continuations."""
         from rlkit.runtime.bundlescorer import BundleScorer
 
-        if self.adapter is None:
-            return BundleScorer(self.folder, workers=self.workers, threads=self.threads, kv=self.kv)
-        return _adapted(self, self.adapter_file())
+        return BundleScorer(self.folder, workers=self.workers, threads=self.threads, kv=self.kv, adapter=self.adapter)
 
 
 class Model:
@@ -249,27 +234,6 @@ def _seed() -> int:
     import numpy as np
 
     return int(np.random.randint(2**31))
-
-
-def _adapted(opening: Opening, file: Path) -> Scorer:
-    """A scorer whose every pass uses an adapter."""
-    from rlkit.recover.likelihood import Likelihood
-    from rlkit.runtime.bundlescorer import BundleReader
-    from rlkit.runtime.folder import read_bundle, threads_here
-    from rlkit.runtime.plain import Plain, cache_names
-
-    config, manifest = read_bundle(opening.folder, opening.threads)
-    decoder = config["model"]["decoder"]
-    plain = Plain(opening.folder, decoder, opening.threads or threads_here(config, manifest), opening.kv)
-    kept = cache_names(decoder)
-
-    class Adapted:
-        def outputs(self, names: Sequence[str], ids: Any, past: Mapping[str, Any] | None = None) -> list[Any]:
-            logits, presents = plain.extend(ids, past or {}, file)
-            return [logits, *(presents[kept[name]] for name in names[1:])]
-
-    reading: Any = Adapted()
-    return Likelihood(BundleReader(reading, None, decoder, int(config["model"]["context_length"])))
 
 
 def open_model(  # noqa: PLR0913, one argument per model_args of the harness

@@ -5,23 +5,28 @@
         model.scorer.score([(context, model.tokens.encode(" Paris")), (context, model.tokens.encode(" Rome"))])
         model.tokens.decode(model.reply(context, 8))
 
-Float models and checkpoints run in torch, bundles in plain onnxruntime on the CPU.
+Float models and checkpoints run in torch, bundles in plain onnxruntime on the CPU; several processes for either.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlkit.recover import assets, source
+from rlkit.recover import assets, cores, source
 from rlkit.recover.atomic import sha256
-from rlkit.recover.likelihood import Scorer
+from rlkit.recover.likelihood import Continuation, Pair, Scorer
 from rlkit.recover.progress import Tell, silent
+from rlkit.recover.scorerpool import ScorerPool, Worker
 from rlkit.recover.source import Source, SourceKind
+
+if TYPE_CHECKING:
+    from rlkit.recover.torchscorer import TorchWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,35 +68,39 @@ class Tokens:
         return self.eos if self.bos is None else self.bos
 
 
-Reply = Callable[[Sequence[int], int], list[int]]
-"""Prompt ids and the most new tokens -> the likeliest reply's ids, without the token that ends it."""
+Replies = Callable[[Sequence[Sequence[int]], Sequence[int]], Iterator[tuple[int, list[int]]]]
+"""Prompts and the most new tokens of each -> (number of the prompt, ids of its likeliest reply), in any order.
+
+The token that ends a reply is no part of it.
+"""
+Template = Callable[[Sequence[Mapping[str, str]]], str]
+"""Messages as a prompt's text; ValueError for a model without a chat template."""
 
 
 class Judge:
-    """A scorer, its tokenizer, and what is known of the model; use it in a with statement, or close it.
-
-    `opening` makes what replies; a bundle's is opened when it is first asked.
-    """
+    """A scorer, its tokenizer, its chat template, and what is known of the model; close it, or use a with statement."""
 
     def __init__(
-        self, scorer: Scorer, tokens: Tokens, facts: Facts, opening: Callable[[], Reply], stack: ExitStack
+        self, scorer: Scorer, replies: Replies, template: Template, tokens: Tokens, facts: Facts, stack: ExitStack
     ) -> None:
-        self.scorer, self.tokens, self.facts = scorer, tokens, facts
-        self._opening, self._stack = opening, stack
-        self._reply: Reply | None = None
+        self.scorer, self.template, self.tokens, self.facts = scorer, template, tokens, facts
+        self._replies, self._stack = replies, stack
 
     def reply(self, ids: Sequence[int], most: int) -> list[int]:
         """The likeliest reply to a prompt, at most so many new tokens and what the context holds; stop tokens end it.
 
         Raises ValueError for an empty prompt and for one that leaves no room.
         """
-        room = self.facts.context_length - len(ids)
-        if not ids or room < 1:
-            why = f"a prompt of {len(ids)} tokens in a context of {self.facts.context_length}"
-            raise ValueError(f"{why} cannot be replied to; give at least one token and leave room for one")
-        if self._reply is None:
-            self._reply = self._opening()
-        return self._reply(ids, min(most, room))
+        return next(made for _number, made in self.replies([ids], most))
+
+    def replies(self, prompts: Sequence[Sequence[int]], most: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield (number of the prompt, its reply as of `reply`) as they come. Raises as `reply`, before any."""
+        rooms = [self.facts.context_length - len(ids) for ids in prompts]
+        for ids, room in zip(prompts, rooms, strict=True):
+            if not ids or room < 1:
+                why = f"a prompt of {len(ids)} tokens in a context of {self.facts.context_length}"
+                raise ValueError(f"{why} cannot be replied to; give at least one token and leave room for one")
+        yield from self._replies(prompts, [min(most, room) for room in rooms])
 
     def close(self) -> None:
         """End processes and give memory back."""
@@ -104,7 +113,7 @@ class Judge:
         self.close()
 
 
-def scorer_for(
+def scorer_for(  # noqa: PLR0913, the ways of running a model
     reference: str | Path,
     *,
     device: str = "cpu",
@@ -112,56 +121,48 @@ def scorer_for(
     workers: int = 1,
     threads: int | None = None,
     kv: str | None = None,
+    adapter: str | None = None,
     tell: Tell = silent,
 ) -> Judge:
     """Open what `reference` names and judge with it.
 
-    `device` (cpu, cuda, auto, ...) and `dtype` (float32 for CPUs, else the stored one, unless told) are for torch;
-    `workers` processes, `threads` of each and the cache `kv` (runtime/kv.py) are for bundles. Raises FileNotFoundError
-    or ValueError, one line with the remedy, for what cannot be opened and for choices that do not fit the model.
+    `workers` processes with a model each share the work, each with `threads`. `device` (cpu, cuda, auto, ...) and
+    `dtype` are for torch: unless told, small models compute in float32, others in the stored type (recover/model.py).
+    The cache `kv` (runtime/kv.py) and `adapter`, one in its folder, are for bundles. Raises FileNotFoundError or
+    ValueError, one line with the remedy, for what cannot be opened and for choices that do not fit the model.
     """
     found = source.resolve(reference, download=isinstance(reference, str) and reference in assets.registry(), tell=tell)
     if found.kind is SourceKind.BUNDLE:
         if device not in ("cpu", "auto") or dtype is not None:
             what = f"device {device!r}" if dtype is None else f"dtype {dtype!r}"
             raise ValueError(f"{found.reference} is a bundle, judged on the CPU as exported; leave {what} out")
-        return _bundle(found, workers, threads, kv)
-    if workers != 1 or kv is not None:
-        what = f"workers = {workers}" if kv is None else f"kv {kv!r}"
+        return _bundle(found, workers, threads, kv, adapter)
+    if kv is not None or adapter is not None:
+        what = f"adapter {adapter!r}" if kv is None else f"kv {kv!r}"
         raise ValueError(f"{found.reference} is no bundle, and {what} is for bundles; leave it out")
-    return _torch(found, device, dtype, threads)
+    if workers < 1:
+        raise ValueError(f"workers = {workers} cannot do anything; use at least 1")
+    return _torch(found, device, dtype, workers, threads)
 
 
-def _bundle(found: Source, workers: int, threads: int | None, kv: str | None) -> Judge:
-    from rlkit.runtime.bundlescorer import BundleScorer
+def _bundle(found: Source, workers: int, threads: int | None, kv: str | None, adapter: str | None) -> Judge:
+    from rlkit.runtime.bundlescorer import BundleScorer, prompt_text
     from rlkit.runtime.folder import read_bundle
 
     config, _manifest = read_bundle(found.path, threads)
     tokens = _tokens_of_folder(found.path, config["model"])
     stack = ExitStack()
-    scorer = stack.enter_context(BundleScorer(found.path, workers=workers, threads=threads, kv=kv))
-    mark = fingerprint(found, f"kv={kv or 'float'}")
+    scorer = stack.enter_context(BundleScorer(found.path, workers=workers, threads=threads, kv=kv, adapter=adapter))
+    mark = fingerprint(found, f"kv={kv or 'float'}", adapter)
     vocab = int(config["model"]["vocab_size"])
     facts = Facts(found.reference, "bundle", mark, scorer.context_length, vocab, "cpu", "")
-
-    def opening() -> Reply:
-        from rlkit.runtime.session import open_bundle
-
-        session = open_bundle(found.path, threads=threads, kv=kv)
-        stack.callback(session.close)
-        return lambda ids, most: [token.id for token in session.generate(list(ids), most)]
-
-    return Judge(scorer, tokens, facts, opening, stack)
+    return Judge(scorer, scorer.replies, functools.partial(prompt_text, found.path), tokens, facts, stack)
 
 
-def _torch(found: Source, device: str, dtype: str | None, threads: int | None) -> Judge:
-    from rlkit.recover.checkpoint import load_checkpoint
-    from rlkit.recover.model import load_model
-    from rlkit.recover.torchscorer import placed, replies, torch_scorer
+def _torch(found: Source, device: str, dtype: str | None, workers: int, threads: int | None) -> Judge:
+    from rlkit.recover.torchscorer import tokenizer_of
 
-    loaded, tokenizer = load_checkpoint(found.path) if found.kind is SourceKind.CHECKPOINT else load_model(found)
-    model = placed(loaded, device, dtype, threads)
-    scorer = torch_scorer(model)
+    tokenizer = tokenizer_of(found)
     tokens = Tokens(
         lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
         lambda text: list(tokenizer.encode(text)),
@@ -169,11 +170,67 @@ def _torch(found: Source, device: str, dtype: str | None, threads: int | None) -
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
     )
-    kind = str(model.dtype).removeprefix("torch.")
+    stack = ExitStack()
+    worker: TorchWorker | _Several
+    if workers == 1:
+        worker = _torch_worker(found, device, dtype, threads, None)
+    else:
+        each = threads or max(1, cores.default_threads() // workers)
+        worker = _Several(functools.partial(_torch_worker, found, device, dtype, each), workers)
+        stack.callback(worker.close)
+    try:
+        length, vocab, place, kind = worker.facts()
+    except BaseException:
+        stack.close()
+        raise
     mark = fingerprint(found, f"dtype={kind}")
-    vocab = int(model.config.get_text_config().vocab_size)
-    facts = Facts(found.reference, str(found.kind), mark, scorer.context_length, vocab, str(model.device), kind)
-    return Judge(scorer, tokens, facts, lambda: replies(model), ExitStack())
+    facts = Facts(found.reference, str(found.kind), mark, length, vocab, place, kind)
+    return Judge(worker, worker.replies, functools.partial(_prompt_text, tokenizer), tokens, facts, stack)
+
+
+class _Several:
+    """Torch models in processes of their own."""
+
+    def __init__(self, opening: Callable[[int], Worker], workers: int) -> None:
+        self._pool = ScorerPool(opening, workers)
+        self.close, self.replies = self._pool.close, self._pool.replies
+        self._facts: tuple[int, int, str, str] | None = None
+
+    def facts(self) -> tuple[int, int, str, str]:
+        """Those of the first that answers, which are the others' too."""
+        if self._facts is None:
+            self._facts = self._pool.ask("facts")
+        return self._facts
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of a pair, but for its last, that are read."""
+        return self.facts()[0]
+
+    def score(self, pairs: Sequence[Pair]) -> list[Continuation]:
+        """By all of them."""
+        return self._pool.score(pairs, self.context_length)
+
+
+def _torch_worker(
+    found: Source, device: str, dtype: str | None, threads: int | None, number: int | None
+) -> TorchWorker:
+    """The model, loaded: in process `number` of several, or in this one."""
+    from rlkit.recover.checkpoint import load_checkpoint
+    from rlkit.recover.model import load_model
+    from rlkit.recover.torchscorer import TorchWorker, placed, spread
+
+    model, _tokenizer = load_checkpoint(found.path) if found.kind is SourceKind.CHECKPOINT else load_model(found)
+    return TorchWorker(placed(model, device if number is None else spread(device, number), dtype, threads))
+
+
+def _prompt_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    try:
+        given = [dict(message) for message in messages]
+        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates raise errors of their own making
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the model has no chat template that takes these messages ({first})") from error
 
 
 def _tokens_of_folder(folder: Path, model: dict[str, Any]) -> Tokens:
@@ -206,7 +263,7 @@ def _special(tokenizer: Any, named: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def fingerprint(found: Source, computed: str) -> str:
+def fingerprint(found: Source, computed: str, adapter: str | None = None) -> str:
     """Names a model's weights, graph and tokenizer, whatever its folder is called, and how it is computed."""
     if found.gguf_file:
         files = [found.file]
@@ -216,5 +273,9 @@ def fingerprint(found: Source, computed: str) -> str:
     else:
         names = ("*.safetensors", "adapter/*.safetensors", "config.json", "tokenizer.json")
         files = [file for name in names for file in sorted(found.path.glob(name))]
+    if adapter is not None:
+        from rlkit.runtime.bundlescorer import adapter_file
+
+        files.append(adapter_file(found.path, adapter))
     parts = [f"{file.name} {sha256(file)}" for file in files]
     return hashlib.sha256("\n".join([*parts, computed]).encode()).hexdigest()

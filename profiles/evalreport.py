@@ -227,6 +227,9 @@ def items(found: Evaluation) -> Table:
             said += [f"{result.cut} cut from the left to fit the context"] if result.cut else []
             said += [f"{result.bare} without context, begun after BOS or, without one, EOS"] if result.bare else []
             said += [f"{result.ties} ties, the first choice taken"] if result.ties else []
+            said += [f"{result.unanswered} replies without an answer, counted as wrong"] if result.unanswered else []
+            cut = f"{result.unfinished} replies not ended within {result.spec.most} tokens or the context"
+            said += [cut] if result.unfinished else []
             if said:
                 rows.append((model.name, result.spec.title, "; ".join(said)))
     note = "Items left out count neither as right nor as wrong."
@@ -260,7 +263,7 @@ def share(interval: Interval) -> str:
 
 def findings(found: Evaluation) -> tuple[str, ...]:
     """What stands out, in sentences."""
-    return (*_recovered(found), *_sizes(found.sizes))
+    return (*_recovered(found), *_unanswered(found.models), *_sizes(found.sizes))
 
 
 def _recovered(found: Evaluation) -> Iterator[str]:
@@ -272,6 +275,15 @@ def _recovered(found: Evaluation) -> Iterator[str]:
         said = f"{name} gets back 80 % or more of what quantization lost on {enough} of {len(single)} tasks"
         missing = len(single) - len(known)
         yield said + (f"; on {missing} nothing was lost that could come back" if missing else "")
+
+
+def _unanswered(models: Sequence[ModelResult]) -> Iterator[str]:
+    """Tasks on which a score says more of the form of replies than of what a model knows."""
+    for model in models:
+        for result in model.tasks:
+            if result.spec.rule.replies and 2 * result.unanswered > len(result.column):
+                said = f"{result.unanswered} of {len(result.column)} replies hold no answer, so the score says little"
+                yield f"{model.name}, {result.spec.title}: {said}"
 
 
 def _sizes(sizes: Mapping[str, str]) -> Iterator[str]:

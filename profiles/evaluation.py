@@ -1,6 +1,7 @@
 """Run benchmarks on a model: items to ids, ids to log-probabilities, these to verdicts; what is computed is kept.
 
-    <folder>/<model's identity>/<task>-<data>.jsonl    one line per item: log p, tokens and first choices of its choices
+    <folder>/<model's identity>/<task>-<data>.jsonl    one line per item: log p, tokens and first choices of its
+                                                       choices, or the reply to it
 
 Lines are added as items are done and hold no verdicts, so an interrupted run goes on, every rule reads the same lines,
 and a model whose items are all there is not even opened. A line that was not completely written is ignored.
@@ -11,13 +12,12 @@ continuation alone does not fit, or has nothing before it that a model could sta
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,65 +25,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlkit.profiles import intervals
+from rlkit.profiles.taskask import Asked, asked, length, portions
+from rlkit.profiles.taskask import Tokens as Tokens
 from rlkit.profiles.taskitem import Item, Rule
+from rlkit.profiles.taskreply import Said, Talker, judge_reply
 from rlkit.profiles.tasks import Spec, Task
-from rlkit.profiles.taskscore import EMPTY, Continuation, Pair, Scored, Scorer, Verdict, check_numbers, judge
+from rlkit.profiles.taskscore import Continuation, Scored, Scorer, Verdict, check_numbers, judge
 from rlkit.recover.progress import Progress, Tell, silent
-
-Encode = Callable[[str], list[int]]
-CHUNK_CHARACTERS = 60_000  # scored together, then written; about 15,000 tokens
-HEAD, SHARED = 64, 4  # items whose contexts begin with the same characters, if so many do, come one after the other
-TOO_LONG, NO_START = "a continuation longer than the context", "no token to begin with (the tokenizer has no BOS)"
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """A model's tokenizer: `encode` adds what the tokenizer adds by itself, `limit` is the context in tokens.
-
-    `start` is the id before a text with nothing before it: BOS, or what the model takes for it; None if there is none.
-    """
-
-    encode: Encode
-    limit: int
-    start: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.limit < 2:
-            raise ValueError(f"a context of {self.limit} tokens predicts nothing; give the model's own, 2 or more")
-
-    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both, encoded together and cut where the context's own ids end; its last blanks go to what follows.
-
-        Where no context is left, `start` takes its place; without that there is none.
-        """
-        bare = context.rstrip()
-        continuation = context[len(bare) :] + continuation
-        before = self.encode(bare) if bare else []
-        following = self.encode(bare + continuation)[len(before) :] if before else self.encode(continuation)
-        if before and continuation and not following:  # it melted into the context's last token
-            following = self.encode(continuation)
-        if before:
-            return before, following
-        start = [] if self.start is None else [self.start]
-        return start, following[1:] if start and following[:1] == start else following
-
-    def fitted(self, pair: tuple[list[int], list[int]]) -> tuple[Pair, int]:
-        """A pair that fits, and how many ids its context lost; the last token predicts nothing, so it needs no room."""
-        context, following = pair
-        cut = max(0, len(context) + len(following) - 1 - self.limit)
-        return (context[cut:], following), cut
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to evaluate: `open` is called once, if anything has to be computed.
+    """A model to evaluate: `open` is called once, if anything has to be computed; `talk` for tasks that want replies.
 
-    `identity` must change with whatever changes the figures: weights, precision, the runtime's settings, the context.
+    `identity` must change with whatever changes the figures: weights, precision, the runtime's settings, the context;
+    `manner` with what changes replies only: the chat template, the tokens that end one.
     """
 
     name: str
     identity: str
     open: Callable[[], tuple[Scorer, Tokens]]
+    talk: Callable[[], Talker] | None = None
+    manner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +55,8 @@ class TaskResult:
 
     Scores are 0 and 1, or bits per byte with their sign turned. `left_out` counts items by reason; `cut` those whose
     context was cut; `bare` those without one, begun after the model's first token; `reused` those that were there
-    already. `seconds` were spent on the others.
+    already. `seconds` were spent on the others. Of replies `unanswered` hold no answer and count as wrong, `unfinished`
+    were cut before they ended.
     """
 
     spec: Spec
@@ -108,6 +72,8 @@ class TaskResult:
     left_out: dict[str, int] = field(default_factory=dict)
     reused: int = 0
     seconds: float = 0.0
+    unanswered: int = 0
+    unfinished: int = 0
 
     @property
     def column(self) -> NDArray[np.float64]:
@@ -158,16 +124,30 @@ class Store:
     def path(self, subject: Subject, task: Task) -> Path:
         """The file of a model and a task's data."""
         name = "".join(char if char.isalnum() or char in "-_" else "_" for char in task.name)[:60]
-        identity = hashlib.sha256(subject.identity.encode()).hexdigest()[:16]
+        whose = subject.identity + (subject.manner if task.spec.rule.replies else "")
+        identity = hashlib.sha256(whose.encode()).hexdigest()[:16]
         return self.folder / identity / f"{name}-{task.sha256[:16]}.jsonl"
 
     def read(self, subject: Subject, task: Task) -> dict[str, Scored]:
-        """What is known, by item."""
-        path = self.path(subject, task)
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-        return {scored.id: scored for scored in map(_parsed, lines) if scored is not None}
+        """What is known of the choices, by item."""
+        return {scored.id: scored for scored in map(_parsed, self._lines(subject, task)) if scored is not None}
 
-    def add(self, subject: Subject, task: Task, found: Iterable[Scored]) -> None:
+    def said(self, subject: Subject, task: Task) -> dict[str, Said]:
+        """The replies that are known, by item."""
+        return {said.id: said for said in map(_said, self._lines(subject, task)) if said is not None}
+
+    def holds(self, subject: Subject, task: Task) -> bool:
+        """Whether everything that the task asks of the model is known."""
+        if task.spec.rule.replies:
+            return {item.id for item in task.items} <= self.said(subject, task).keys()
+        known, plain = self.read(subject, task), task.spec.rule is Rule.UNCONDITIONAL
+        return all(_complete(known.get(item.id), item, plain=plain) for item in task.items)
+
+    def _lines(self, subject: Subject, task: Task) -> list[str]:
+        path = self.path(subject, task)
+        return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+
+    def add(self, subject: Subject, task: Task, found: Iterable[Scored | Said]) -> None:
         """Add items. What comes in one call is written at once, so that several processes may add to one file."""
         path = self.path(subject, task)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,30 +166,40 @@ def _parsed(line: str) -> Scored | None:
         return None
 
 
+def _said(line: str) -> Said | None:
+    try:
+        table = json.loads(line)
+        return Said(str(table["id"]), str(table["text"]), int(table["tokens"]), bool(table["ended"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def evaluate(tasks: Sequence[Task], subject: Subject, store: Store, tell: Tell = silent) -> list[TaskResult]:
     """A model's results on tasks; what is not in the store is computed and added."""
     run = _Run(subject, store, tell)
     return [run.task(task) for task in tasks]
 
 
-def sized(
-    tasks: Sequence[Task], subject: Subject, store: Store, wanted: float, tell: Tell = silent, seed: int = 0
-) -> list[tuple[Task, intervals.Sizing]]:
-    """Every task with the smallest sample of it that is good for intervals of `wanted` on either side.
+def calibration(task: Task, subjects: Sequence[Subject], store: Store, seed: int = 0) -> Task:
+    """The items of a task by whose results its sample is sized: a first sample, or the largest that all models have."""
+    first = task.sample(intervals.PILOT, seed)
+    for limit in reversed([step for step in intervals.STEPS if step > intervals.PILOT]):
+        sample = task.sample(limit, seed)
+        if limit <= len(task.items) and all(store.holds(subject, sample) for subject in subjects):
+            return sample
+    return first
 
-    Sized by the model's results on a first sample of it (`intervals.PILOT` items). Bits per byte are no shares: such a
-    task stays whole.
+
+def sized(task: Task, results: Sequence[TaskResult], wanted: float, seed: int = 0) -> tuple[Task, intervals.Sizing]:
+    """The smallest sample of a task that is good for intervals of `wanted` on either side, for each of some models.
+
+    Sized by the models' results on the same first items. Bits per byte are no shares: such a task stays whole.
     """
-    run, found = _Run(subject, store, tell), []
-    for task in tasks:
-        pilot = run.task(task.sample(intervals.PILOT, seed))
-        total, known = len(task.items), len(pilot.column)
-        if task.spec.rule is Rule.BITS or not known:
-            found.append((task, intervals.Sizing(total, total, wanted, 0.0, 0.0, known)))
-            continue
-        sizing = intervals.size(pilot.column, total, wanted, seed)
-        found.append((task.sample(sizing.limit, seed), sizing))
-    return found
+    scores, total = together(results), len(task.items)
+    if task.spec.rule is Rule.BITS or not len(scores):
+        return task, intervals.Sizing(total, total, wanted, 0.0, 0.0, len(scores))
+    sizing = intervals.size(scores, total, wanted, seed)
+    return task.sample(sizing.limit, seed), sizing
 
 
 class _Run:
@@ -220,6 +210,10 @@ class _Run:
         self._opened: tuple[Scorer, Tokens] | None = None
 
     def task(self, task: Task) -> TaskResult:
+        """A task's result."""
+        return self._replied(task) if task.spec.rule.replies else self._scored(task)
+
+    def _scored(self, task: Task) -> TaskResult:
         known = self._store.read(self._subject, task)
         plain = task.spec.rule is Rule.UNCONDITIONAL
         missing = [item for item in task.items if not _complete(known.get(item.id), item, plain=plain)]
@@ -232,47 +226,41 @@ class _Run:
         if self._opened is None:
             self._opened = self._subject.open()
         scorer, tokens = self._opened
-        total, done, count = sum(map(_length, missing)), 0, 0
+        total, done, count = sum(map(length, missing)), 0, 0
         left: dict[str, str] = {}
         stage = f"{self._subject.name}: {task.name}"
         for part in portions(missing):
             self._tell(Progress(stage, done, total, f"{count}/{len(missing)} items"))
-            asked = {item.id: _asked(item, tokens, plain=plain) for item in part}
-            left |= {name: ask for name, ask in asked.items() if isinstance(ask, str)}
-            found = _scored(scorer, {name: ask for name, ask in asked.items() if not isinstance(ask, str)})
+            asks = {item.id: asked(item, tokens, plain=plain) for item in part}
+            left |= {name: ask for name, ask in asks.items() if isinstance(ask, str)}
+            found = _figures(scorer, {name: ask for name, ask in asks.items() if not isinstance(ask, str)})
             self._store.add(self._subject, task, found)
             known |= {scored.id: scored for scored in found}
-            done, count = done + sum(map(_length, part)), count + len(part)
+            done, count = done + sum(map(length, part)), count + len(part)
         self._tell(Progress(stage, total, total, f"{len(missing)} items"))
         return left
 
+    def _replied(self, task: Task) -> TaskResult:
+        known = self._store.said(self._subject, task)
+        missing = {item.id: item.context for item in task.items if item.id not in known}
+        begun = time.perf_counter()
+        left = self._talk(task, missing, known) if missing else {}
+        return _answered(task, known, left, (len(task.items) - len(missing), time.perf_counter() - begun))
 
-def _length(item: Item) -> int:
-    return len(item.context) + sum(map(len, item.choices))
-
-
-def portions(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Items in portions to score together: the longest first, so that what fails, fails at once."""
-    heads = Counter(item.context[:HEAD] for item in items)
-    longest: dict[str, int] = {}
-    for item in items:
-        head = item.context[:HEAD]
-        longest[head] = max(longest.get(head, 0), _length(item))
-
-    def place(item: Item) -> tuple[int, str, int]:
-        head = item.context[:HEAD]
-        return (longest[head], head, _length(item)) if heads[head] >= SHARED else (_length(item), "", 0)
-
-    part: list[Item] = []
-    size = 0
-    for item in sorted(items, key=place, reverse=True):
-        if part and size + _length(item) > CHUNK_CHARACTERS:
-            yield part
-            part, size = [], 0
-        part.append(item)
-        size += _length(item)
-    if part:
-        yield part
+    def _talk(self, task: Task, missing: dict[str, str], known: dict[str, Said]) -> dict[str, str]:
+        """Get replies into `known` and the store, each as it comes; what could not be asked, with the reason."""
+        if self._subject.talk is None:
+            return dict.fromkeys(missing, "a model that cannot be talked to")
+        stage, left, total = f"{self._subject.name}: {task.name}", dict[str, str](), len(missing)
+        self._tell(Progress(stage, 0, total, f"0/{total} replies"))
+        for done, said in enumerate(self._subject.talk().replies(missing, task.spec.most), start=1):
+            if said.why:
+                left[said.id] = said.why
+            else:
+                self._store.add(self._subject, task, [said])
+                known[said.id] = said
+            self._tell(Progress(stage, done, total, f"{done}/{total} replies"))
+        return left
 
 
 def _complete(scored: Scored | None, item: Item, *, plain: bool) -> bool:
@@ -280,37 +268,13 @@ def _complete(scored: Scored | None, item: Item, *, plain: bool) -> bool:
     return scored is not None and len(scored.logprobs) == count and (not plain or len(scored.plain) == count)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    pairs: list[Pair]
-    plain: list[Pair]
-    cut: int
-
-
-def _asked(item: Item, tokens: Tokens, *, plain: bool) -> _Asked | str:
-    """What to ask a model for an item; or why it cannot be asked."""
-    tokens = replace(tokens, encode=functools.cache(tokens.encode))  # its choices share their context
-    if plain and item.unconditional is None:
-        return "no context without the question, which the rule needs"
-    found = [tokens.fitted(tokens.pair(*both)) for both in item.pairs()]
-    nothing = [tokens.fitted(tokens.pair(*both)) for both in item.plain_pairs()] if plain else []
-    for (context, following), _cut in (*found, *nothing):
-        if not following:
-            return EMPTY
-        if len(following) > tokens.limit:
-            return TOO_LONG
-        if not context:
-            return NO_START
-    return _Asked([pair for pair, _ in found], [pair for pair, _ in nothing], max(cut for _, cut in found))
-
-
-def _scored(scorer: Scorer, asked: dict[str, _Asked]) -> list[Scored]:
-    pairs = [pair for ask in asked.values() for pair in (*ask.pairs, *ask.plain)]
+def _figures(scorer: Scorer, asks: dict[str, Asked]) -> list[Scored]:
+    pairs = [pair for ask in asks.values() for pair in (*ask.pairs, *ask.plain)]
     answers: Sequence[Continuation] = scorer.score(pairs) if pairs else []
     if len(answers) != len(pairs):
         raise ValueError(f"the scorer answered {len(answers)} of {len(pairs)} pairs; it must answer each, in order")
     found, at = [], 0
-    for name, ask in asked.items():
+    for name, ask in asks.items():
         mine, plain = answers[at : at + len(ask.pairs)], answers[at + len(ask.pairs) :][: len(ask.plain)]
         at += len(ask.pairs) + len(ask.plain)
         found.append(
@@ -349,6 +313,27 @@ def _result(task: Task, known: dict[str, Scored], left: dict[str, str], effort: 
         left_out=dict(Counter(verdict.why for verdict in verdicts if verdict.why)),
         reused=effort[0],
         seconds=effort[1],
+    )
+
+
+def _answered(task: Task, known: dict[str, Said], left: dict[str, str], effort: tuple[int, float]) -> TaskResult:
+    """Verdicts on replies, as `_result` gives them on choices."""
+    rule, asked_of = task.spec.rule, [item for item in task.items if item.id not in left]
+    judged = {item.id: judge_reply(item, known[item.id], rule) for item in asked_of}
+    verdicts = [judged[item.id][0] if item.id in judged else Verdict(None, why=left[item.id]) for item in task.items]
+    return TaskResult(
+        spec=task.spec,
+        sha256=task.sha256,
+        total=task.spec.items,
+        chance=task.chance,
+        ids=tuple(item.id for item in task.items),
+        scores=tuple(verdict.correct for verdict in verdicts),
+        bits_per_byte=(None,) * len(verdicts),
+        left_out=dict(Counter(verdict.why for verdict in verdicts if verdict.why)),
+        reused=effort[0],
+        seconds=effort[1],
+        unanswered=sum(not found for _verdict, found in judged.values()),
+        unfinished=sum(not known[item.id].ended for item in asked_of),
     )
 
 

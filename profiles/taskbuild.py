@@ -1,8 +1,9 @@
-"""Items of benchmarks that come as tables, not as requests: MMLU and COPA."""
+"""Items of benchmarks that come as tables, not as requests (MMLU, COPA), and as messages that ask for a reply."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlkit.profiles.arrow import read_rows
@@ -14,6 +15,8 @@ Members = dict[str, bytes]
 LETTERS = "ABCDEFGHIJ"
 NOTHING_ASKED = "Answer:"
 EXAMPLES = 5
+SOLVE = 'Solve this problem step by step. End with a line "The answer is N." where N is the number.'
+CHOOSE = 'Answer this multiple choice question about {}. Reply with "The answer is X." where X is the right letter.'
 
 
 def mmlu(members: Members) -> Iterator[Item]:
@@ -41,9 +44,24 @@ def mmlu_letters(members: Members) -> Iterator[Item]:
         yield Item(number, head + worked + _lettered(row), letters, row["answer"], answer=answer)
 
 
-def _lettered(row: dict[str, Any]) -> str:
+def _lettered(row: dict[str, Any], end: Sequence[str] = ("Answer:",)) -> str:
     lines = [row["question"].strip(), *(f"{LETTERS[at]}. {choice}" for at, choice in enumerate(row["choices"]))]
-    return "\n".join([*lines, "Answer:"])
+    return "\n".join([*lines, *end])
+
+
+def mmlu_asked(members: Members) -> Iterator[Item]:
+    """Every question with lettered choices as a message, without examples."""
+    for number, row in _numbered(members):
+        message = f"{CHOOSE.format(row['subject'].replace('_', ' '))}\n\n{_lettered(row, ())}"
+        choices = tuple(f" {letter}" for letter in LETTERS[: len(row["choices"])])
+        yield Item(number, message, choices, row["answer"], answer=LETTERS[row["answer"]])
+
+
+def gsm8k_asked(items: Iterable[Item]) -> Iterator[Item]:
+    """Every problem as a message: what stands between the last "Question:" and "Answer:", without the examples."""
+    for item in items:
+        problem = item.context.rpartition("Question:")[2].rpartition("Answer:")[0].strip()
+        yield replace(item, context=f"{SOLVE}\n\n{problem}")
 
 
 def copa(members: Members) -> Iterator[Item]:
@@ -67,4 +85,11 @@ def _numbered(members: Members) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{subject}/{number}" if subject else str(number), row
 
 
-BUILDERS: dict[str, Callable[[Members], Iterator[Item]]] = {"mmlu": mmlu, "mmlu-mc": mmlu_letters, "copa": copa}
+BUILDERS: dict[str, Callable[[Members], Iterator[Item]]] = {
+    "mmlu": mmlu,
+    "mmlu-mc": mmlu_letters,
+    "mmlu-gen": mmlu_asked,
+    "copa": copa,
+}
+REWORDED: dict[str, Callable[[Iterable[Item]], Iterator[Item]]] = {"gsm8k-gen": gsm8k_asked}
+"""What makes items of tables, and of the items of request files, by name."""

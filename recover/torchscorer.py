@@ -244,6 +244,11 @@ class TorchWorker:
         """Its context in tokens, its vocabulary, the device it is on and the type it has."""
         return self._facts
 
+    @property
+    def context_length(self) -> int:
+        """The most tokens of a pair, but for its last, that are read."""
+        return self._scorer.context_length
+
     def score(self, pairs: Sequence[Pair]) -> list[Continuation]:
         """As `Likelihood.score`."""
         return self._scorer.score(pairs)

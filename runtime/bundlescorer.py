@@ -9,38 +9,41 @@ Kernels with integer activations round otherwise for a single token, and for the
 blocks of 128 rows, and a block of one has a kernel of its own. Such passes get one more token, which nothing sees, so
 that a figure does not depend on what is read together.
 
-Several workers are processes with a session each; a call's pairs are shared out so that what begins alike stays
-together.
+Several workers are processes with sessions of their own (recover/scorerpool.py).
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part, asks_of
+from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part
+from rlkit.recover.scorerpool import ScorerPool
 from rlkit.runtime.folder import graph_nbytes, read_bundle, threads_here
 from rlkit.runtime.kv import check
-from rlkit.runtime.plain import Plain, cache_names
+from rlkit.runtime.loaded import ADAPTERS
+from rlkit.runtime.plain import ADAPTER_SUFFIX, Plain, cache_names, first_line
+from rlkit.runtime.session import Session, open_bundle
 
 PASS_IDS = 512  # of one pass: their logits over a vocabulary of 150,000 take 314 MB
 LEAN_NBYTES = 2**30  # a graph of more is not opened a second time
 BLOCK = 128  # rows of a matrix that the runtime's kernels take at a time
-PORTIONS = 4  # for each worker and call, so that none is left with a long one alone
 
 Past = Mapping[str, NDArray[Any]]
 
 
 class BundleReader:
-    """Reads parts by a bundle's graphs; `lean`, the one that generates, is None where it need not be open."""
+    """Reads parts by a bundle's graphs, with an adapter's file or without.
+
+    `lean`, the graph that generates, is None where it need not be open.
+    """
 
     def __init__(
         self,
@@ -49,8 +52,10 @@ class BundleReader:
         decoder: Mapping[str, Any],
         context_length: int,
         switch: int | None = None,
+        adapter: Path | None = None,
     ) -> None:
         self.context_length, self.max_ids, self.switch = context_length, PASS_IDS, switch
+        self._adapter = adapter
         self._whole, self._lean, self._names = whole, lean, cache_names(dict(decoder))
 
     def read(self, parts: Sequence[Part]) -> Iterator[tuple[int, Outcome]]:
@@ -91,10 +96,10 @@ class BundleReader:
         behind = next(iter(past.values())).shape[2] if past else 0
         ids = even(ids, self.context_length - behind)
         if self._lean is not None and ids.shape[1] == length and wanted.tolist() in ([], [length - 1]):
-            logits, *presents = self._lean.outputs(["logits", *names], ids, past)
+            logits, *presents = self._lean.outputs(["logits", *names], ids, past, self._adapter)
             chosen = logits[0, -1:] if len(wanted) else logits[0, :0]
         else:
-            logits, *presents = self._whole.outputs(["logits", *names], ids, past)
+            logits, *presents = self._whole.outputs(["logits", *names], ids, past, self._adapter)
             chosen = logits[0, wanted]
         known = dict(zip(self._names.values(), presents, strict=True)) if more else {}
         return chosen.astype(np.float32), known if ids.shape[1] == length else self.cut(known, behind + length)
@@ -105,7 +110,7 @@ class BundleReader:
         for row, part in enumerate(parts):
             ids[row, : len(part.ids)] = part.ids
         names = list(self._names) if any(part.keep for part in parts) else []
-        logits, *presents = self._whole.outputs(["logits", *names], even(ids, self.context_length))
+        logits, *presents = self._whole.outputs(["logits", *names], even(ids, self.context_length), None, self._adapter)
         for row, part in enumerate(parts):
             past = None
             if part.keep:
@@ -120,24 +125,26 @@ def even(ids: NDArray[np.int64], room: int) -> NDArray[np.int64]:
     return np.pad(ids, ((0, 0), (0, 1))) if lone else ids
 
 
-def open_reader(bundle: Path, *, threads: int | None = None, kv: str | None = None) -> BundleReader:
+def open_reader(
+    bundle: Path, *, threads: int | None = None, kv: str | None = None, adapter: str | None = None
+) -> BundleReader:
     """Open a bundle's graphs to read with; `kv` is one of the caches it offers, `threads` None what it says itself.
 
-    Raises FileNotFoundError or ValueError, one line with the remedy: no bundle, a damaged one, no such cache, or only
-    the last token's logits.
+    Raises FileNotFoundError or ValueError, one line with the remedy: no bundle, a damaged one, no such cache or
+    adapter, or only the last token's logits.
     """
     config, manifest = read_bundle(bundle, threads)
     decoder, used = config["model"]["decoder"], threads or threads_here(config, manifest)
     whole = Plain(bundle, decoder, used, kv)
-    whole.extend(np.zeros((1, 2), np.int64), {})  # says at once if it keeps too few logits
+    file = None if adapter is None else adapter_file(bundle, adapter)
+    whole.extend(np.zeros((1, 2), np.int64), {}, file)  # says at once if it keeps too few logits
     lean = None
     if (bundle / "logits.onnx").is_file() and graph_nbytes(bundle / decoder["filename"]) <= LEAN_NBYTES:
         lean = Plain(bundle, decoder, used, kv, whole=False)
         if lean.outputs(["logits"], np.zeros((1, 2), np.int64))[0].shape[1] != 1:
             lean = None
-    return BundleReader(
-        whole, lean, decoder, int(config["model"]["context_length"]), _switch(bundle / decoder["filename"])
-    )
+    length, switch = int(config["model"]["context_length"]), _switch(bundle / decoder["filename"])
+    return BundleReader(whole, lean, decoder, length, switch, file)
 
 
 def _switch(graph: Path) -> int | None:
@@ -153,27 +160,47 @@ def _switch(graph: Path) -> int | None:
     return int(found[1]) if found else 0
 
 
-class BundleScorer:
-    """Judges continuations by a bundle; `workers` processes share the work, each with `threads` threads.
+def adapter_file(bundle: Path, name: str) -> Path:
+    """The file of one of a bundle's adapters. Raises ValueError with those there are."""
+    files = {file.name.removesuffix(ADAPTER_SUFFIX): file for file in bundle.glob(f"{ADAPTERS}/*{ADAPTER_SUFFIX}")}
+    if name not in files:
+        there = f"use {', '.join(sorted(files))}" if files else "it has none, so leave it out"
+        raise ValueError(f"{bundle} has no adapter {name!r}; {there}")
+    return files[name]
 
-    Without `threads`, each has its share of those that the bundle says. Close it, or use it in a with statement, so
-    that its processes end.
+
+class BundleScorer:
+    """Judges continuations by a bundle, and replies; `workers` processes share the work, each with `threads` threads.
+
+    Without `threads`, each has its share of those that the bundle says. `adapter` is one of the bundle's. What replies
+    is opened when it is first asked. Close it, or use it in a with statement, so that its processes end.
     """
 
-    def __init__(self, bundle: Path, *, workers: int = 1, threads: int | None = None, kv: str | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        *,
+        workers: int = 1,
+        threads: int | None = None,
+        kv: str | None = None,
+        adapter: str | None = None,
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers = {workers} cannot do anything; use at least 1")
         config, manifest = read_bundle(bundle, threads)
         self._length = int(config["model"]["context_length"])
-        self._pool: ProcessPoolExecutor | None = None
+        self._bundle, self._threads, self._kv, self._adapter = bundle, threads, kv, adapter
+        self._pool: ScorerPool | None = None
         self._alone: Likelihood | None = None
+        self._session: Session | None = None
         if workers == 1:
-            self._alone = Likelihood(open_reader(bundle, threads=threads, kv=kv))
+            self._alone = Likelihood(open_reader(bundle, threads=threads, kv=kv, adapter=adapter))
             return
         check(bundle, config["model"]["decoder"], kv)
+        if adapter is not None:
+            adapter_file(bundle, adapter)
         each = threads or max(1, threads_here(config, manifest) // workers)
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (bundle, each, kv))
-        self._workers = workers
+        self._pool = ScorerPool(functools.partial(_worker, bundle, each, kv, adapter), workers)
 
     @property
     def context_length(self) -> int:
@@ -188,24 +215,34 @@ class BundleScorer:
         """
         if self._alone is not None:
             return self._alone.score(pairs)
-        if self._pool is None:
-            raise ValueError("the scorer is closed; make it again with BundleScorer")
-        shares = shared_out(pairs, self._length, self._workers * PORTIONS)
-        found: dict[int, Continuation] = {}
-        work = [[(list(pairs[n][0]), list(pairs[n][1])) for n in share] for share in shares]
-        try:
-            for share, results in zip(shares, self._pool.map(_score, work), strict=True):
-                found |= dict(zip(share, results, strict=True))
-        except BrokenProcessPool as error:
-            why = "a process of the scorer ended early, most often for want of memory"
-            raise ValueError(f"{why}; use fewer workers than {self._workers}") from error
-        return [found[number] for number in range(len(pairs))]
+        return self._open_pool().score(pairs, self._length)
+
+    def replies(self, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yield (number of the prompt, ids of the likeliest reply without its stop token), in any order.
+
+        `most` new tokens of each prompt's reply; prompt and reply must fit the context.
+        """
+        if self._alone is None:
+            yield from self._open_pool().replies(prompts, most)
+            return
+        if self._session is None:
+            self._session = open_bundle(self._bundle, threads=self._threads, kv=self._kv)
+        for number in sorted(range(len(prompts)), key=lambda number: list(prompts[number])):
+            made = self._session.generate(prompts[number], most[number], adapter=self._adapter)
+            yield number, [token.id for token in made]
 
     def close(self) -> None:
         """End the processes and give the memory back."""
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        self._alone = self._pool = None
+            self._pool.close()
+        if self._session is not None:
+            self._session.close()
+        self._alone = self._pool = self._session = None
+
+    def _open_pool(self) -> ScorerPool:
+        if self._pool is None:
+            raise ValueError("the scorer is closed; make it again with BundleScorer")
+        return self._pool
 
     def __enter__(self) -> BundleScorer:
         return self
@@ -214,29 +251,19 @@ class BundleScorer:
         self.close()
 
 
-def shared_out(pairs: Sequence[Pair], limit: int, count: int) -> list[list[int]]:
-    """Numbers of pairs in up to `count` shares of about equal numbers of tokens; what begins alike is side by side."""
-    asks = asks_of(pairs, limit)
-    order = sorted(range(len(asks)), key=lambda number: asks[number].row)
-    total, done = sum(len(ask.row) for ask in asks), 0
-    shares: list[list[int]] = [[] for _ in range(count)]
-    at = 0
-    context: tuple[int, ...] = ()
-    for number in order:
-        ask = asks[number]
-        if ask.row[: ask.first + 1] != context:
-            at, context = done * count // total, ask.row[: ask.first + 1]
-        shares[at].append(number)
-        done += len(ask.row)
-    return [share for share in shares if share]
+def _worker(bundle: Path, threads: int, kv: str | None, adapter: str | None, _number: int) -> BundleScorer:
+    return BundleScorer(bundle, threads=threads, kv=kv, adapter=adapter)
 
 
-_own: list[Likelihood] = []  # the scorer of a worker process
+def prompt_text(bundle: Path, messages: Sequence[Mapping[str, str]]) -> str:
+    """Messages ({"role", "content"}) as the text of a bundle's chat template, ready for the reply; no model is opened.
 
+    Raises ValueError where there is no template that takes them.
+    """
+    import onnxruntime_genai as og
 
-def _begin(bundle: Path, threads: int, kv: str | None) -> None:
-    _own.append(Likelihood(open_reader(bundle, threads=threads, kv=kv)))
-
-
-def _score(pairs: list[tuple[list[int], list[int]]]) -> list[Continuation]:
-    return _own[0].score(pairs)
+    try:
+        tokenizer = og.Tokenizer(str(bundle))
+        return str(tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True))
+    except Exception as error:  # the library raises bare RuntimeError and its own kinds
+        raise ValueError(f"{bundle} has no chat template that takes these messages ({first_line(error)})") from error

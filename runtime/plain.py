@@ -55,13 +55,24 @@ class Plain:
         return np.asarray(found, np.float32)
 
     def outputs(
-        self, names: Sequence[str], ids: NDArray[np.int64], past: Mapping[str, NDArray[Any]] | None = None
+        self,
+        names: Sequence[str],
+        ids: NDArray[np.int64],
+        past: Mapping[str, NDArray[Any]] | None = None,
+        adapter: Path | None = None,
     ) -> list[NDArray[Any]]:
         """Outputs of the graph by name for rows of ids (B, T): `present.0.key` is (B, KV heads, T, head size).
 
-        They follow the tokens in `past`, if there are any, and `present` holds those as well.
+        They follow the tokens in `past`, if there are any, and `present` holds those as well. Raises ValueError for an
+        adapter that is damaged or of another model.
         """
-        return list(self._session.run(list(names), self._feeds(ids.astype(np.int64), past)))
+        options = None if adapter is None else self._run_options(adapter)
+        try:
+            return list(self._session.run(list(names), self._feeds(ids.astype(np.int64), past), options))
+        except Exception as error:
+            if adapter is None:
+                raise
+            raise unfit(adapter.name.removesuffix(ADAPTER_SUFFIX), self._folder, error) from error
 
     def tail(self, ids: NDArray[np.int64], last: int, chunk: int = 512) -> NDArray[np.float32]:
         """Logits (1, last, V) of the end of one row (1, T); what comes before goes into the cache by `chunk` tokens."""
@@ -86,13 +97,7 @@ class Plain:
         self, names: Sequence[str], ids: NDArray[np.int64], past: Mapping[str, NDArray[Any]], adapter: Path | None
     ) -> list[NDArray[Any]]:
         """Outputs by name, the logits of every token first."""
-        options = None if adapter is None else self._run_options(adapter)
-        try:
-            found: list[NDArray[Any]] = self._session.run(list(names), self._feeds(ids.astype(np.int64), past), options)
-        except Exception as error:
-            if adapter is None:
-                raise
-            raise unfit(adapter.name.removesuffix(ADAPTER_SUFFIX), self._folder, error) from error
+        found = self.outputs(names, ids, past, adapter)
         if found[0].shape[1] != ids.shape[1]:
             why = f"{self._folder} computes only the last token's logits and has no {ALL_LOGITS}"
             raise ValueError(f"{why}; export it with all logits to measure it")

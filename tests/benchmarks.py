@@ -6,7 +6,7 @@ import base64
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import wheels
 from rlkit.profiles.evaluation import Subject, Tokens
 from rlkit.profiles.taskitem import Item, Rule
+from rlkit.profiles.taskreply import Said
 from rlkit.profiles.tasks import Group, Spec, Task
 from rlkit.profiles.taskscore import Pair
 
@@ -91,6 +92,7 @@ class Speaker:
 
     says: Callable[[str, str], float]
     stop_after: int | None = None
+    replied: Callable[[str], str] = str  # an empty reply is none
     asked: list[tuple[str, str]] = field(default_factory=list)
     opened: int = 0
 
@@ -103,6 +105,15 @@ class Speaker:
         found = [(self.says(*both), len(both[1])) for both in texts]
         return [Answer(logprob, tokens, logprob > -1.0) for logprob, tokens in found]
 
+    def replies(self, texts: Mapping[str, str], most: int) -> Iterator[Said]:
+        """By text, cut after `most` characters."""
+        for name, text in texts.items():
+            if self.stop_after is not None and len(self.asked) >= self.stop_after:
+                raise KeyboardInterrupt
+            said = self.replied(text)
+            self.asked.append((text, said))
+            yield Said(name, said[:most], len(said[:most]), len(said) < most, "" if said else "nothing to say")
+
     def subject(self, name: str = "speaker", limit: int = 1000, start: int | None = 1, identity: str = "") -> Subject:
         """This model to be evaluated."""
 
@@ -110,4 +121,4 @@ class Speaker:
             self.opened += 1
             return self, Tokens(lambda text: [ord(char) for char in text], limit, start)
 
-        return Subject(name, identity or name, opened)
+        return Subject(name, identity or name, opened, lambda: opened()[0], "template")

@@ -14,7 +14,7 @@ from rlkit.export.build import export_bundle
 from rlkit.export.kvscales import SCHEMES
 from rlkit.recover.likelihood import Continuation, Pair
 from rlkit.runtime import bundlescorer
-from rlkit.runtime.bundlescorer import BundleScorer, even, shared_out
+from rlkit.runtime.bundlescorer import BundleScorer, even
 from rlkit.runtime.folder import read_bundle
 from rlkit.runtime.plain import Plain
 from test_likelihood import assert_same, items, whole
@@ -113,28 +113,14 @@ def test_several_processes_say_the_same(bundle: Path) -> None:
     with BundleScorer(bundle, workers=2) as several:
         assert_same(several.score(pairs), plainly(bundle, pairs))
         assert several.score([]) == []
+        prompts = [[5, 6, 7], [9] * 20]
+        replied = dict(several.replies(prompts, [3, 4]))
         with pytest.raises(ValueError, match="pair 0 has no token in its context"):
             several.score([([], [1])])
+    with BundleScorer(bundle, threads=1) as alone:
+        assert dict(alone.replies(prompts, [3, 4])) == replied
     with pytest.raises(ValueError, match="closed"):
         several.score(pairs)
-
-
-def test_a_process_that_ends_is_said(bundle: Path, tmp_path: Path) -> None:
-    made = export_bundle(bundle.parent / "ckpt", tmp_path / "gone", accuracy_level=0)
-    with BundleScorer(made, workers=2) as several:
-        (made / "logits.onnx").unlink()  # the processes are yet to begin, and cannot
-        with pytest.raises(ValueError, match=r"ended early.*use fewer workers than 2"):
-            several.score(items(1))
-
-
-def test_what_shares_a_context_stays_together() -> None:
-    pairs = items(8)
-    shares = shared_out(pairs, 256, 4)
-    assert sorted(number for share in shares for number in share) == list(range(len(pairs)))
-    assert 2 <= len(shares) <= 4
-    for context in {tuple(pair[0]) for pair in pairs}:
-        same = {number for number, pair in enumerate(pairs) if tuple(pair[0]) == context}
-        assert sum(bool(same & set(share)) for share in shares) == 1
 
 
 def test_bad_choices(bundle: Path, tmp_path: Path) -> None:

@@ -137,6 +137,9 @@ def test_as_many_items_as_an_interval_needs(world: World, capsys: pytest.Capture
     found = evaluated(capsys, world.full, "--tasks", world.choices, "--limit", "auto", "--width", 20)
     assert re.match(r"(50|100|all 120|120)( of 120)? items, for ± ", found["sizes"]["choices"])
     assert found["sizes"]["choices"].endswith("sized by the results of 100 of full")
+    arguments = (world.full, "--compare", world.checkpoint, "--tasks", world.choices, "--limit", "auto", "--width", 20)
+    sizes = evaluated(capsys, *arguments)["sizes"]["choices"]
+    assert sizes.endswith("sized by the results of 100 of full and rounded, as many as any of them needs")
 
 
 def test_tables_for_a_person(world: World, capsys: pytest.CaptureFixture[str]) -> None:

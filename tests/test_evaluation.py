@@ -14,8 +14,9 @@ import pytest
 
 import benchmarks
 from benchmarks import Answer, Speaker
-from rlkit.profiles import evaluation
-from rlkit.profiles.evaluation import NO_START, TOO_LONG, Store, Subject, Tokens, evaluate, sized, together
+from rlkit.profiles import taskask
+from rlkit.profiles.evaluation import Store, Subject, calibration, evaluate, sized, together
+from rlkit.profiles.taskask import NO_START, TOO_LONG, Tokens
 from rlkit.profiles.taskitem import Item, Rule
 from rlkit.profiles.taskscore import EMPTY, NO_GOLD
 from rlkit.recover.progress import Progress
@@ -40,7 +41,7 @@ def knowing(known: Callable[[int], bool]) -> Callable[[str, str], float]:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr(evaluation, "CHUNK_CHARACTERS", 640)  # 32 sums
+    monkeypatch.setattr(taskask, "CHUNK_CHARACTERS", 640)  # 32 sums
     return Store(tmp_path / "eval")
 
 
@@ -300,22 +301,86 @@ def test_the_same_items_side_by_side(store: Store) -> None:
         together([found[0], replace(found[1], sha256="0" * 64)])
 
 
-def test_a_sample_is_sized_by_a_first_one_and_goes_on_from_it(store: Store) -> None:
+def test_a_sample_is_sized_by_all_models_and_goes_on_from_the_first_items(store: Store) -> None:
     items = [Item(str(n), f"{n} + {n} =", tuple(f" {n + n + more}" for more in range(4)), 0) for n in range(2000)]
-    task, speaker = benchmarks.task(items), Speaker(knowing(lambda number: number % 10 > 0))
-    ((chosen, sizing),) = sized([task], speaker.subject(), store, 0.03)
-    assert len(speaker.asked) == 400 and sizing.known == 100
-    assert 200 <= sizing.limit == len(chosen.items) < 1000
-    (result,) = evaluate([chosen], speaker.subject(), store)
+    task = benchmarks.task(items)
+    sure, torn = Speaker(knowing(lambda number: number % 10 > 0)), Speaker(knowing(lambda number: number % 2 > 0))
+    subjects = [sure.subject("sure"), torn.subject("torn")]
+    first = calibration(task, subjects, store)
+    assert first == task.sample(100)
+    pilots = [evaluate([first], subject, store)[0] for subject in subjects]
+    alone, other, both = (sized(task, some, 0.04) for some in (pilots[:1], pilots[1:], pilots))
+    assert 200 <= alone[1].limit < other[1].limit <= both[1].limit == len(both[0].items) < 2000
+    assert both[1].known == 100
+    (result,) = evaluate([both[0]], subjects[1], store)
     half = result.interval().half_width
-    assert result.reused == 100 and half is not None and half < 0.035
+    assert result.reused == 100 and half is not None and half < 0.045
+
+
+def test_a_sample_is_sized_by_all_that_every_model_has(store: Store) -> None:
+    items = [Item(str(n), f"{n} + {n} =", (f" {n + n}", " 0"), 0) for n in range(600)]
+    task, subjects = benchmarks.task(items), [Speaker(lambda *_: -1.0).subject(name) for name in ("one", "two")]
+    evaluate([task.sample(400)], subjects[0], store)
+    assert len(calibration(task, subjects, store).items) == 100
+    evaluate([task.sample(250)], subjects[1], store)
+    assert calibration(task, subjects, store) == task.sample(200)
+    assert calibration(task, subjects[:1], store) == task.sample(400)
+    assert calibration(task, subjects, store, seed=1) == task.sample(100, seed=1)
 
 
 def test_bits_per_byte_and_tasks_without_results_stay_whole(store: Store) -> None:
     bits = benchmarks.task([Item(str(n), "Q", (" ab",), 0) for n in range(200)], "bits", Rule.BITS)
     empty = benchmarks.task([Item(str(n), "Q", ("", " a"), 0) for n in range(200)], "empty")
-    found = sized([bits, empty], Speaker(lambda *_: -1.0).subject(), store, 0.03)
-    assert [len(task.items) for task, _ in found] == [200, 200]
+    for task in (bits, empty):
+        results = evaluate([task.sample(100)], Speaker(lambda *_: -1.0).subject(), store)
+        assert len(sized(task, results, 0.03)[0].items) == 200
+
+
+ASKED = [Item(str(n), f"{n} + {n}?", (f" {n + n}",), 0, answer=str(n + n)) for n in range(12)]
+
+
+def told(text: str) -> str:
+    """Right about even numbers, wrong about those above 9, without an answer about 1, without an end about 3."""
+    number = int(text.split()[0])
+    if number in (1, 3):
+        return "I do not know" if number == 1 else f"{number}, {number} " * 9
+    return f"The answer is {number + number + (number > 9)}."
+
+
+def test_replies_are_searched_for_their_answer(store: Store) -> None:
+    task = benchmarks.task(ASKED, rule=Rule.NUMBER)
+    task = replace(task, spec=replace(task.spec, most=30))
+    speaker = Speaker(lambda *_: -1.0, replied=told)
+    (result,) = evaluate([task], speaker.subject(), store)
+    assert result.scores == (1.0, 0.0, 1.0, 0.0, *(1.0,) * 6, 0.0, 0.0)
+    assert (result.unanswered, result.unfinished, result.left_out, result.chance) == (2, 1, {}, None)
+    assert result.interval().value == pytest.approx(8 / 12) and result.wilson is not None
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["unanswered"] == 2
+    again = Speaker(lambda *_: -1.0)
+    assert evaluate([task], again.subject(), store)[0] == replace(result, reused=12, seconds=pytest.approx(0, abs=99))
+    assert again.asked == [] and again.opened == 0
+    assert evaluate([task], replace(again.subject(), manner="another template"), store)[0].reused == 0
+
+
+def test_replies_are_kept_one_by_one(store: Store) -> None:
+    task = benchmarks.task(ASKED, rule=Rule.NUMBER)
+    task = replace(task, spec=replace(task.spec, most=30))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([task], Speaker(lambda *_: -1.0, stop_after=5, replied=told).subject(), store)
+    rest = Speaker(lambda *_: -1.0, replied=told)
+    (result,) = evaluate([task], rest.subject(), store)
+    assert (result.reused, len(rest.asked)) == (5, 7)
+
+
+def test_what_cannot_be_asked_is_left_out_and_never_wrong(store: Store) -> None:
+    task = benchmarks.task([*ASKED[:2], replace(ASKED[2], answer="")], rule=Rule.NUMBER)
+    (result,) = evaluate(
+        [task], Speaker(lambda *_: -1.0, replied=lambda text: "" if "0" in text else "3").subject(), store
+    )
+    assert result.scores == (None, 0.0, None)
+    assert result.left_out == {"nothing to say": 1, NO_GOLD: 1}
+    (result,) = evaluate([task], replace(Speaker(lambda *_: -1.0).subject("mute"), talk=None), store)
+    assert result.interval().value is None and result.left_out == {"a model that cannot be talked to": 3}
 
 
 def test_names_of_tasks_stay_inside_the_folder(store: Store) -> None:

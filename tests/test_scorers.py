@@ -59,12 +59,27 @@ def test_torch_and_bundle_reply_the_same(forms: dict[str, Path], one: str, other
         with scorer_for(forms[name], threads=1) as judge:
             prompts = [judge.tokens.encode(question) for question in QUESTIONS]
             made.append([judge.reply(prompt, 12) for prompt in prompts])
+            again = dict(judge.replies([*prompts, prompts[0][:2]], 12))
+            assert [again[number] for number in range(len(prompts))] == made[-1]
+            asked = judge.template([{"role": "user", "content": "x"}])
+            assert asked.endswith("x<|im_end|>\n<|im_start|>assistant\n")
             assert len(judge.reply([5] * 250, 100)) <= 6
             for prompt in ([], [5] * 256):
                 with pytest.raises(ValueError, match="cannot be replied to"):
                     judge.reply(prompt, 3)
     assert made[0] == made[1]
     assert all(0 < len(reply) <= 12 for reply in made[0])
+
+
+def test_several_processes_say_the_same(forms: dict[str, Path]) -> None:
+    asked, found = pairs(forms["hf"]), []
+    for workers in (1, 2):
+        with scorer_for(forms["hf"], workers=workers, threads=1) as judge:
+            prompts = [judge.tokens.encode(question) for question in QUESTIONS]
+            found.append((judge.scorer.score(asked), dict(judge.replies(prompts, 6)), judge.facts))
+    (one, replied, facts), (other, also, same) = found
+    np.testing.assert_allclose([a.logprob for a in one], [b.logprob for b in other], atol=1e-5)
+    assert replied == also and facts == same
 
 
 def test_facts(forms: dict[str, Path], tmp_path: Path) -> None:
@@ -93,7 +108,9 @@ def test_facts(forms: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "options", "match"),
     [
-        ("hf", {"workers": 2}, "is no bundle, and workers = 2 is for bundles"),
+        ("hf", {"workers": 0}, "workers = 0 cannot do anything"),
+        ("hf", {"adapter": "x"}, "is no bundle, and adapter 'x' is for bundles"),
+        ("bundle", {"adapter": "x"}, "has no adapter 'x'; it has none, so leave it out"),
         ("checkpoint", {"kv": "int8"}, "is no bundle, and kv 'int8' is for bundles"),
         ("bundle", {"dtype": "float16"}, "leave dtype 'float16' out"),
         ("bundle", {"device": "cuda"}, "leave device 'cuda' out"),

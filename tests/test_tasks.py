@@ -12,7 +12,7 @@ import pytest
 import benchmarks
 from benchmarks import choice, lines, request
 from rlkit.profiles import tasks
-from rlkit.profiles.taskbuild import BUILDERS
+from rlkit.profiles.taskbuild import BUILDERS, REWORDED
 from rlkit.profiles.taskitem import Item, Rule
 from rlkit.profiles.tasks import Group, Spec
 from rlkit.recover import assets
@@ -33,7 +33,8 @@ def test_the_standard_set_is_nine_and_three() -> None:
 def test_every_described_task_is_whole_and_its_builder_known() -> None:
     for name, spec in tasks.registry().items():
         assert spec.name == name and spec.title and spec.about and spec.licence and spec.items > 0
-        assert not spec.builder or spec.builder in BUILDERS
+        assert not spec.builder or spec.builder in {**BUILDERS, **REWORDED}
+        assert spec.rule.replies == bool(spec.most)
     assert assets.find(tasks.ASSET).member == assets.WHOLE
 
 
@@ -152,6 +153,26 @@ def test_mmlu_in_both_forms(tmp_path: Path) -> None:
         "What is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer: B\n\nWhich is even?\nA. 7\nB. 8\nC. 9\nD. 11\nAnswer: B\n\n"
         "Which is even?\nA. 7\nB. 8\nC. 9\nD. 11\nAnswer:"
     )
+
+
+def test_questions_as_messages(tmp_path: Path) -> None:
+    shown = "Question: 1 + 1?\nAnswer: The answer is 2.\n\nQuestion: How many\neggs?\nAnswer:"
+    members = {
+        ARROW.format("mmlu/small_sums/test"): benchmarks.packed(benchmarks.MMLU),
+        DATA.format("sums/rc"): lines([request(0, shown, " So the answer is 18.", "18")]),
+    }
+    letters, sums = described("mmlu/*/test", 2, "mmlu-gen"), described("sums/rc", 1, "gsm8k-gen")
+    specs = [replace(letters, rule=Rule.LETTER, most=8), replace(sums, rule=Rule.NUMBER, most=8)]
+    one, other = tasks.load(specs, benchmarks.wheel(tmp_path, members))
+    assert one.items[0].context == (
+        'Answer this multiple choice question about small sums. Reply with "The answer is X." where X is the right '
+        "letter.\n\nWhat is 2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6"
+    )
+    assert (one.items[0].answer, one.chance) == ("B", 0.25)
+    assert other.items[0].context.endswith(" is the number.\n\nHow many\neggs?")
+    assert (other.items[0].answer, other.chance) == ("18", None)
+    (longer,) = tasks.load([replace(specs[0], most=9)], benchmarks.wheel(tmp_path / "again", members))
+    assert longer.sha256 != one.sha256  # other replies, kept elsewhere
 
 
 def test_changed_missing_and_damaged_data(tmp_path: Path) -> None:
