@@ -124,6 +124,11 @@ class LogScale:
         if not 0 < self.near < self.far < np.inf:
             raise ValueError(f"depths from {self.near} to {self.far} m are no range; use 0 < near < far")
 
+    @property
+    def span(self) -> float:
+        """From the smallest to the largest encoded value: the data range of SSIM."""
+        return 2 * REACH
+
     def encode(self, depth: Map) -> Map:
         """Values in -REACH..REACH; depths outside the range, and 0 for unknown, count as its ends."""
         share = np.log(np.clip(depth, self.near, self.far) / self.near) / np.log(self.far / self.near)

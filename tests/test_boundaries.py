@@ -30,6 +30,8 @@ HOME = {
     "rich": "apps",
     "fastapi": "apps",
     "uvicorn": "apps",
+    "skimage": "profiles",
+    "cv2": "profiles",
 }
 # Only inside functions: converting a checkpoint needs the GenAI builder, which needs torch; adapters' files are written
 # by the runtime that reads them.
@@ -45,6 +47,9 @@ LIGHT_RECOVER = [
     "cache",
     "contents",
     "cores",
+    "depthdata",
+    "depthfiles",
+    "depthsample",
     "ggufheader",
     "hub",
     "kvformat",
@@ -54,11 +59,15 @@ LIGHT_RECOVER = [
     "placement",
     "prefixes",
     "progress",
+    "raycast",
     "recipe",
+    "rectified",
+    "scenes",
     "source",
+    "texture",
     "upload",
 ]
-HEAVY = ["torch", "transformers", "peft", "accelerate", "huggingface_hub", "onnx", "onnx_ir", "gguf"]
+HEAVY = ["torch", "transformers", "peft", "accelerate", "huggingface_hub", "onnx", "onnx_ir", "gguf", "skimage", "cv2"]
 
 
 def imports(path: Path) -> Iterator[tuple[str, int, int, bool]]:
