@@ -130,7 +130,10 @@ def _counted(name: str, changes: list[tuple[int, float]]) -> Iterator[Event]:
     by_time: dict[int, float] = {}
     for time, change in changes:
         by_time[time] = by_time.get(time, 0.0) + change
-    value = 0.0
+    value, shown = 0.0, None
     for time in sorted(by_time):
         value += by_time[time]
-        yield {"ph": "C", "pid": PROCESS, "tid": 0, "name": name, "ts": _us(time), "args": {"value": round(value, 6)}}
+        rounded = round(value, 6) + 0.0  # what is left of sums that cancel is 0, not -0
+        if rounded != shown:
+            shown = rounded
+            yield {"ph": "C", "pid": PROCESS, "tid": 0, "name": name, "ts": _us(time), "args": {"value": rounded}}
