@@ -1,6 +1,6 @@
 """The process that runs one bundle and nothing else, so that its peak memory is the bundle's; and its other end.
 
-    python -m rlkit.profiles.worker BUNDLE DEVICE THREADS        (THREADS 0: as the bundle says)
+    python -m rlkit.profiles.worker BUNDLE DEVICE THREADS [KV]   (THREADS 0: as the bundle says; KV: its own cache)
 
 One JSON object per line: the worker says {"ready": true, "threads": n, "provider": name} once loaded, then answers
 {"fill": [...], "prompt": [...], "new_tokens": n, "room": n} (a `Work`) with {"seconds": [...]} and {"peak": true} with
@@ -184,9 +184,9 @@ def main(argv: Sequence[str]) -> None:
     def say(reply: dict[str, Any]) -> None:
         print(json.dumps(reply), file=pipe)
 
-    bundle, device, threads = argv
+    bundle, device, threads, *kv = argv
     try:
-        session = open_bundle(Path(bundle), device=device, threads=int(threads) or None)
+        session = open_bundle(Path(bundle), device=device, threads=int(threads) or None, kv=kv[0] if kv else None)
 
         clocked = Clocked(session)
 

@@ -8,7 +8,7 @@ accurate point within a budget of bytes, or without one the smallest that loses 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def complete(found: Sequence[Evaluated]) -> list[Evaluated]:
     return [one for one in found if not one.why]
 
 
-def rows_of(found: Found, tasks: dict[int, Sequence[str]]) -> Iterator[Row]:
+def rows_of(found: Found, tasks: Mapping[int, Sequence[str]]) -> Iterator[Row]:
     """Every point beside its context's reference, the first of it; `tasks` names the task of each item of a context."""
     for context, names in tasks.items():
         some = [one for one in found.points if one.point.context == context]

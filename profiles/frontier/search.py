@@ -189,7 +189,8 @@ class _Search:
     def found(self) -> Found:
         self._screen()
         cuts = {context: rungs(self._totals.items[context]) for context in self._alive}
-        for rung in range(max(map(len, cuts.values()))):
+        count = max(map(len, cuts.values()))
+        for rung in range(count):
             on = {context: cut[rung] for context, cut in cuts.items() if rung < len(cut)}
             if not self._whole:
                 for context in on:
@@ -199,7 +200,7 @@ class _Search:
                 for context in on
                 for point in self._alive[context]
             ]
-            for job, measured in self._results(jobs, f"{rung + 1} of {len(SHARES)}"):
+            for job, measured in self._results(jobs, f"{rung + 1} of {count}"):
                 known = self._known[job.point]
                 self._known[job.point] = replace(known, scores=known.scores + measured.scores)
         grid = planned(self._points, self._totals, whole=True)
