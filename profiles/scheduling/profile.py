@@ -123,6 +123,8 @@ class Profile:
             numbers = [made.bytes_per_s, *(step.seconds for step in steps)]
             if not all(isinstance(number, int | float) and 0 < number < math.inf for number in numbers):
                 raise ValueError("a time or bandwidth is no positive number")
+            if not isinstance(made.machine, dict):
+                raise ValueError("its machine is not described")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{where} is no complete profile ({error}); measure again") from error
         return made

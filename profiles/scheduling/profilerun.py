@@ -22,6 +22,7 @@ from rlkit.recover.progress import Progress, Tell, silent
 from rlkit.runtime import tuned
 
 TIMEOUT_SECONDS = 600.0
+READ_NBYTES = 256 * 2**20  # larger than the caches of laptops
 Ask = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 
@@ -101,7 +102,7 @@ def thread_counts() -> tuple[int, ...]:
 
 def fresh() -> Profile:
     """A profile of this machine that holds no model yet; reading the memory takes about a second."""
-    read = measure_read(usable_threads(), seconds=0.5)
+    read = measure_read(usable_threads(), nbytes=READ_NBYTES, seconds=0.5)
     memory = int(psutil.virtual_memory().total)
     return Profile(datetime.date.today().isoformat(), tuned.machine_facts(), read.best, memory)
 
