@@ -2,8 +2,10 @@
 
 The world is simplified: jobs that are there, frames that periodic streams will bring at their nominal times, frames
 that follow others, requests that go on as they are; steps share the memory's bandwidth as in the simulator. **Claims**
-(steps that want a unit) are served in order, each where it would finish first, the queue of busy units counted; a claim
-whose best unit is busy waits for it. A frame that can no longer be in time is given up, at its weight.
+(steps that want a unit) are served in order, and a frame that can no longer be in time is given up, at its weight.
+Where a claim runs is the `Style`: patient ones go where they finish first, the queue of busy units counted, and wait
+for that; eager ones take an idle unit; yielding ones, of the units where they are in time, the one that others need
+least.
 
 Costs are in violations: a frame not in time its weight, a late token its weight times 1 + its lateness in targets (so
 that a token which is late anyway is not put off for ever), a prompt behind its time likewise.
@@ -12,11 +14,13 @@ that a token which is late anyway is not put off for ever), a prompt behind its 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import NamedTuple, Optional
 
 from rlkit.profiles.scheduling.contention import rates
 
-__all__ = ["ENDLESS", "Claim", "Mode", "Play", "Ways", "World", "frame_number"]
+__all__ = ["ENDLESS", "Claim", "Mode", "Play", "Style", "Ways", "World", "frame_number"]
 
 ENDLESS = float(1 << 62)
 REMEMBERED = 20_000  # sets of demands whose speeds are kept
@@ -26,6 +30,14 @@ PROGRESS = 0.01  # of a token's weight: what a token is worth beyond its target
 BACKLOG = 1e-5  # violations per ms of work left at the end: between equals, what is done sooner
 
 Ways = tuple[tuple[int, float, float], ...]  # of a step: (unit, ns with setup, demand)
+
+
+class Style(IntEnum):
+    """How claims choose their units."""
+
+    PATIENT = 0
+    YIELDING = 1
+    EAGER = 2
 
 
 class Mode(NamedTuple):
@@ -89,16 +101,19 @@ class Play:
         "idle",
         "lost",
         "now",
-        "patient",
+        "prices",
         "speeds",
+        "style",
         "until",
         "waiting",
         "world",
     )
 
-    def __init__(self, world: World, now: float, units: int, waiting: list[Claim], patient: bool) -> None:
-        """`waiting` in order; it is changed. `patient`: claims wait for a busy unit where they would finish first."""
-        self.patient = patient
+    def __init__(self, world: World, now: float, waiting: list[Claim], style: Style, prices: Sequence[float]) -> None:
+        """`waiting` in order; it is changed. `prices` by unit: how much others need it."""
+        units = len(prices)
+        self.style = style
+        self.prices = prices
         self.world = world
         self.now = self.begun = now
         self.waiting = waiting
@@ -175,14 +190,14 @@ class Play:
     def serve(self) -> None:
         """Start what is in turn and has its best unit idle."""
         now, waiting, held = self.now, self.waiting, self.held
-        if self.patient:
-            free = [now if time == ENDLESS else time for time in self.until]
-        else:
+        if self.style is Style.EAGER:
             free = [now if time == ENDLESS else ENDLESS for time in self.until]
+        else:
+            free = [now if time == ENDLESS else time for time in self.until]
         place = 0
         while place < len(waiting) and self.idle:
             claim = waiting[place]
-            unit, ns, demand, finish = self._where(claim.ways, free)
+            unit, ns, demand, finish = self._where(claim, free)
             if finish > claim.deadline and claim.mode is None:
                 if now + claim.ways[0][1] > claim.deadline:
                     self._lose(claim, 1.0)
@@ -199,10 +214,12 @@ class Play:
                 free[unit] = finish
                 place += 1
 
-    def _where(self, ways: Ways, free: list[float]) -> tuple[int, float, float, float]:
-        """(unit, ns, demand, finish) of the way that finishes first."""
-        demands, best, least = self.demands, ways[0], ENDLESS
-        for way in ways:
+    def _where(self, claim: Claim, free: list[float]) -> tuple[int, float, float, float]:
+        """(unit, ns, demand, finish) of the way to run a step."""
+        demands, best, least = self.demands, claim.ways[0], ENDLESS
+        yielding = self.style is Style.YIELDING and claim.mode is None
+        cheapest = found = ENDLESS
+        for way in claim.ways:
             unit, ns, demand = way
             if demand:
                 kept = demands[unit]
@@ -210,9 +227,13 @@ class Play:
                 ns /= self.world.speeds(demands)[unit]
                 demands[unit] = kept
             finish = free[unit] + ns
-            if finish < least:
+            if yielding and finish <= claim.deadline:
+                price = ns * self.prices[unit]
+                if price < cheapest:
+                    best, cheapest, found = way, price, finish
+            elif finish < least and cheapest == ENDLESS:
                 best, least = way, finish
-        return *best, least
+        return *best, least if cheapest == ENDLESS else found
 
     def _finish(self, unit: int) -> None:
         claim, now = self.held[unit], self.now

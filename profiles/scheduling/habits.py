@@ -14,6 +14,9 @@ __all__ = ["Habits", "as_asked", "ways_of"]
 FETCHED = 1_000_000_000  # ns: frames to come are asked for once a second
 UNKNOWN = 1e8  # ns per token, until a target has been seen
 WITNESSED = 2  # times that a frame appears as another ends, before that counts as a rule
+ENOUGH = 0.8  # of the time until its deadline: a unit that takes no more is an alternative for a frame
+FLEXIBLE = 0.25  # need of a frame that has an alternative which takes endlessly longer
+CHEAP = 0.02  # price of a unit that nobody needs
 UNBEGUN = 0.0, -1
 
 
@@ -53,6 +56,7 @@ class Habits:
         "_until",
         "_votes",
         "_ways",
+        "prices",
         "tokens",
     )
 
@@ -71,6 +75,7 @@ class Habits:
         self._children: dict[int, int] = {}
         self._targets: dict[int, float] = {}
         self._begun: dict[int, tuple[float, int]] = {}  # by request: its first token's time, and steps done then
+        self.prices: list[float] = []  # by unit: the share of its time that frames need it for, and no other
         self.tokens: dict[int, Ways] = {}  # by stream of requests: of its latest token
 
     def observe(self, state: State) -> bool:
@@ -186,3 +191,17 @@ class Habits:
         for upcoming in self._coming:
             self._due[upcoming.stream] = upcoming.deadline - upcoming.arrival
             self._frames[upcoming.stream] = upcoming.options
+        self._price(len(state.units))
+
+    def _price(self, units: int) -> None:
+        """A frame needs the unit where it is quickest, as far as no other is as quick or quick enough."""
+        self.prices = [CHEAP] * units
+        counts: dict[int, int] = defaultdict(int)
+        for upcoming in self._coming:
+            counts[upcoming.stream] += 1
+        span = max(self._arrivals[-1] - self._arrivals[0], 1) if self._arrivals else 1
+        for stream, count in counts.items():
+            (unit, ns, _), *others = self.ways(stream, self._frames[stream])
+            ample = [other for _, other, _ in others if other <= ENOUGH * self._due[stream]]
+            need = FLEXIBLE * (1.0 - ns / ample[0]) if ample else 1.0
+            self.prices[unit] += need * ns * count / span

@@ -1,9 +1,8 @@
 """Our own policy: before a step starts, futures with and without it are played forward, and the cheapest one begins.
 
 Steps cannot be interrupted, so what a start does to frames that come a few milliseconds later is decided at the start.
-The default future serves by deadline, each step where it finishes first (`foresight`). If that loses nothing within
-the horizon, its first step starts. If it does, others are played too: the default without waiting for busy units; each
-step that could start now, on each idle unit, in each variant (smaller chunks of a prompt, weights of fewer bits); and
+The default future serves by deadline in the style that did best so far (`foresight`). If that loses nothing within the
+horizon, its first step starts. If it does, others are played too: the other styles; each step that could start now, on each idle unit, in each variant (smaller chunks of a prompt, weights of fewer bits); and
 each idle unit left idle until a frame comes. Frames that can no longer be in time are dropped before they cost a unit's
 time. What the best future loses is accepted: the search begins again when something else would be lost, and while
 nothing unforeseen happens, the default is trusted for half a horizon.
@@ -21,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rlkit.profiles.scheduling.foresight import ENDLESS, Claim, Mode, Play, World
+from rlkit.profiles.scheduling.foresight import ENDLESS, Claim, Mode, Play, Style, World
 from rlkit.profiles.scheduling.habits import Habits, ways_of
 from rlkit.runtime.jobs import Decision, Drop, Job, Kind, Option, Start, State, Wake
 
@@ -57,7 +56,7 @@ class Lookahead:
         "_end",
         "_habits",
         "_jobs",
-        "_patient",
+        "_style",
         "_times",
         "_trusted",
         "_world",
@@ -69,7 +68,7 @@ class Lookahead:
         self._world: World | None = None
         self._accepted: frozenset[int] = frozenset()
         self._trusted = -1.0
-        self._patient = True
+        self._style = Style.PATIENT
         # Of the decision under way:
         self._jobs: dict[int, Job] = {}
         self._claims: list[Claim] = []
@@ -114,12 +113,12 @@ class Lookahead:
         best, barred = self._run(self._play(state)), False
         if best.lost <= self._accepted:
             return best, False
-        self._patient = not self._patient
-        other = self._run(self._play(state), best.cost)
-        if other.cost < best.cost - BETTER:
-            best = other
-        else:
-            self._patient = not self._patient
+        style = self._style
+        for other in Style:
+            if other is not style:
+                future = self._run(self._play(state, style=other), best.cost)
+                if future.cost < best.cost - BETTER:
+                    best, self._style = future, other
         least = best.cost - BETTER
         idle = [unit.index for unit in state.units if unit.running is None]
         for future in self._others(state, idle, least):
@@ -160,13 +159,13 @@ class Lookahead:
         option = next(option for option in job.options if option.unit == unit)
         return Future(cost, lost, job, option)
 
-    def _play(self, state: State, without: Claim | None = None) -> Play:
+    def _play(self, state: State, without: Claim | None = None, style: Style | None = None) -> Play:
         """A future as things are, perhaps without a claim that is about to start."""
         assert self._world is not None
         waiting = self._claims.copy()
         if without is not None:
             waiting.remove(without)
-        play = Play(self._world, state.now, len(state.units), waiting, self._patient)
+        play = Play(self._world, state.now, waiting, self._style if style is None else style, self._habits.prices)
         for unit in state.units:
             job = unit.running
             if job is not None and unit.option is not None:
