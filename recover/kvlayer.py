@@ -124,7 +124,7 @@ class Side:
         form, new = self._form, new.float().contiguous()
         if self._smooth:
             if self.mean is None:
-                self.mean = new.mean(2, keepdim=True).to(kvpack.KEPT)
+                self.mean = new.double().mean(2, keepdim=True).to(kvpack.KEPT)  # in any order of sums the same
             new = new - self.mean.float()
         if form.static:
             assert self.grid is not None
