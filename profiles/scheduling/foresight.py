@@ -14,7 +14,6 @@ that a token which is late anyway is not put off for ever), a prompt behind its 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple, Optional
 
@@ -60,6 +59,7 @@ class Claim(NamedTuple):
     deadline: float
     ways: Ways
     weight: float
+    stream: int
     child: Optional[Claim] = None  # noqa: UP045, a name that is not there yet
     mode: Mode | None = None
 
@@ -70,12 +70,14 @@ def frame_number(stream: int, deadline: int) -> int:
 
 
 class World:
-    """Units and the memory between them."""
+    """Units and the memory between them. By unit: `prices`, how much others need it; `switch`, ns to another model."""
 
-    __slots__ = ("_cap", "_known")
+    __slots__ = ("_known", "cap", "prices", "switch")
 
-    def __init__(self, cap: float) -> None:
-        self._cap = cap
+    def __init__(self, cap: float, units: int) -> None:
+        self.cap = cap
+        self.prices = [1.0] * units
+        self.switch = [0.0] * units
         self._known: dict[tuple[float, ...], tuple[float, ...]] = {}
 
     def speeds(self, demands: list[float]) -> tuple[float, ...]:
@@ -85,7 +87,7 @@ class World:
         if found is None:
             if len(self._known) > REMEMBERED:
                 self._known.clear()
-            found = self._known[key] = rates(key, self._cap)
+            found = self._known[key] = rates(key, self.cap)
         return found
 
 
@@ -99,9 +101,9 @@ class Play:
         "first",
         "held",
         "idle",
+        "last",
         "lost",
         "now",
-        "prices",
         "speeds",
         "style",
         "until",
@@ -109,11 +111,11 @@ class Play:
         "world",
     )
 
-    def __init__(self, world: World, now: float, waiting: list[Claim], style: Style, prices: Sequence[float]) -> None:
-        """`waiting` in order; it is changed. `prices` by unit: how much others need it."""
-        units = len(prices)
+    def __init__(self, world: World, now: float, waiting: list[Claim], style: Style, last: list[int]) -> None:
+        """`waiting` in order; `last` by unit the stream that ran there last; both are changed."""
+        units = len(last)
         self.style = style
-        self.prices = prices
+        self.last = last
         self.world = world
         self.now = self.begun = now
         self.waiting = waiting
@@ -143,6 +145,7 @@ class Play:
     def start(self, claim: Claim, unit: int, ns: float, demand: float) -> None:
         """Run a claim's step on an idle unit from now on."""
         self.held[unit] = claim
+        self.last[unit] = claim.stream
         self.until[unit] = self.now + ns
         self.idle -= 1
         if demand:
@@ -189,7 +192,7 @@ class Play:
 
     def serve(self) -> None:
         """Start what is in turn and has its best unit idle."""
-        now, waiting, held = self.now, self.waiting, self.held
+        now, waiting, held, last = self.now, self.waiting, self.held, self.last.copy()
         if self.style is Style.EAGER:
             free = [now if time == ENDLESS else ENDLESS for time in self.until]
         else:
@@ -197,7 +200,7 @@ class Play:
         place = 0
         while place < len(waiting) and self.idle:
             claim = waiting[place]
-            unit, ns, demand, finish = self._where(claim, free)
+            unit, ns, demand, finish = self._where(claim, free, last)
             if finish > claim.deadline and claim.mode is None:
                 if now + claim.ways[0][1] > claim.deadline:
                     self._lose(claim, 1.0)
@@ -209,31 +212,32 @@ class Play:
                 if self.first is None and now == self.begun:
                     self.first = claim, unit
                 self.start(claim, unit, ns, demand)
-                free[unit] = finish
+                free[unit], last[unit] = finish, claim.stream
             else:
-                free[unit] = finish
+                free[unit], last[unit] = finish, claim.stream
                 place += 1
 
-    def _where(self, claim: Claim, free: list[float]) -> tuple[int, float, float, float]:
-        """(unit, ns, demand, finish) of the way to run a step."""
-        demands, best, least = self.demands, claim.ways[0], ENDLESS
+    def _where(self, claim: Claim, free: list[float], last: list[int]) -> tuple[int, float, float, float]:
+        """(unit, ns with the switch, demand, finish) of the way to run a step; `last` as it will be by then."""
+        world, demands, stream = self.world, self.demands, claim.stream
+        room = world.cap - sum(demands)
         yielding = self.style is Style.YIELDING and claim.mode is None
-        cheapest = found = ENDLESS
-        for way in claim.ways:
-            unit, ns, demand = way
-            if demand:
+        best, least, cheapest = (0, 0.0, 0.0, ENDLESS), ENDLESS, ENDLESS
+        for unit, alone, demand in claim.ways:
+            ns = alone if last[unit] == stream else alone + world.switch[unit]
+            finish = free[unit] + ns
+            if demand > room + demands[unit]:
                 kept = demands[unit]
                 demands[unit] = demand
-                ns /= self.world.speeds(demands)[unit]
+                finish = free[unit] + ns / world.speeds(demands)[unit]
                 demands[unit] = kept
-            finish = free[unit] + ns
             if yielding and finish <= claim.deadline:
-                price = ns * self.prices[unit]
+                price = ns * world.prices[unit]
                 if price < cheapest:
-                    best, cheapest, found = way, price, finish
+                    best, cheapest = (unit, ns, demand, finish), price
             elif finish < least and cheapest == ENDLESS:
-                best, least = way, finish
-        return *best, least if cheapest == ENDLESS else found
+                best, least = (unit, ns, demand, finish), finish
+        return best
 
     def _finish(self, unit: int) -> None:
         claim, now = self.held[unit], self.now
@@ -269,7 +273,7 @@ class Play:
         if mode.token:
             due = (claim.deadline if mode.left < 0 else now) + mode.target
             insort(
-                self.waiting, Claim(due, claim.number, due, mode.token, claim.weight, None, mode._replace(left=-1.0))
+                self.waiting, claim._replace(order=due, deadline=due, ways=mode.token, mode=mode._replace(left=-1.0))
             )
 
     def _lose(self, claim: Claim, times: float) -> None:

@@ -29,7 +29,7 @@ def as_asked(options: Sequence[Option]) -> Iterator[Option]:
             yield option
 
 
-def ways_of(options: Sequence[Option], setup: Sequence[int] = ()) -> Ways:
+def ways_of(options: Sequence[Option], setup: Sequence[float] = ()) -> Ways:
     """The ways to run a step as asked, quickest first."""
     ways = [
         (option.unit, float(option.ns + (setup[option.unit] if setup else 0)), option.demand)
@@ -155,8 +155,8 @@ class Habits:
         number = frame_number(stream, deadline)
         child = self._child(stream, deadline)
         if child is None:
-            return Claim(deadline, number, deadline, ways, 1.0)
-        return Claim(min(float(deadline), child.order - child.ways[0][1]), number, deadline, ways, 1.0, child)
+            return Claim(deadline, number, deadline, ways, 1.0, stream)
+        return Claim(min(float(deadline), child.order - child.ways[0][1]), number, deadline, ways, 1.0, stream, child)
 
     def _child(self, parent: int, deadline: int) -> Claim | None:
         """What comes after a frame of a stream with this deadline; its weight is how often that has happened."""

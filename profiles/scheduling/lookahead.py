@@ -2,10 +2,11 @@
 
 Steps cannot be interrupted, so what a start does to frames that come a few milliseconds later is decided at the start.
 The default future serves by deadline in the style that did best so far (`foresight`). If that loses nothing within the
-horizon, its first step starts. If it does, others are played too: the other styles; each step that could start now, on each idle unit, in each variant (smaller chunks of a prompt, weights of fewer bits); and
-each idle unit left idle until a frame comes. Frames that can no longer be in time are dropped before they cost a unit's
-time. What the best future loses is accepted: the search begins again when something else would be lost, and while
-nothing unforeseen happens, the default is trusted for half a horizon.
+horizon, its first step starts. If it does, others are played too: the other styles; each step that could start now, on
+each idle unit, in each variant (smaller chunks of a prompt, weights of fewer bits); and each idle unit left idle until
+a frame comes. Frames that can no longer be in time are dropped before they cost a unit's time. What the best future
+loses is accepted: the search begins again when something else would be lost, and while nothing unforeseen happens, the
+default is trusted for half a horizon.
 
 A token's deadline here is the request's: the first token's time and a target for each token since, so that what a
 request has saved can be spent.
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rlkit.profiles.scheduling.foresight import ENDLESS, Claim, Mode, Play, Style, World
+from rlkit.profiles.scheduling.foresight import ENDLESS, Claim, Mode, Play, Style, Ways, World
 from rlkit.profiles.scheduling.habits import Habits, ways_of
 from rlkit.runtime.jobs import Decision, Drop, Job, Kind, Option, Start, State, Wake
 
@@ -55,7 +56,9 @@ class Lookahead:
         "_coming",
         "_end",
         "_habits",
+        "_held",
         "_jobs",
+        "_last",
         "_style",
         "_times",
         "_trusted",
@@ -69,9 +72,11 @@ class Lookahead:
         self._accepted: frozenset[int] = frozenset()
         self._trusted = -1.0
         self._style = Style.PATIENT
+        self._last: list[int] = []  # by unit: the stream that ran there last
         # Of the decision under way:
         self._jobs: dict[int, Job] = {}
         self._claims: list[Claim] = []
+        self._held: list[tuple[int, float, float, Claim]] = []
         self._coming: list[Claim] = []
         self._times: list[float] = []
         self._end = 0.0
@@ -82,7 +87,7 @@ class Lookahead:
         if self._habits.observe(state):
             self._trusted = -1.0
         if self._world is None:
-            self._world = World(state.cap)
+            self._world, self._last = World(state.cap, len(state.units)), [-1] * len(state.units)
         for job in state.ready:
             if job.droppable and job.kind == Kind.FRAME and job.deadline < now + _least(job):
                 return Drop(job)
@@ -90,6 +95,11 @@ class Lookahead:
         self._jobs = {claim.number: job for claim, job in zip(claims, state.ready, strict=True)}
         claims.sort()
         self._claims = claims
+        self._held = [
+            (unit.index, float(max(unit.until, now)), unit.demand, self._claim(unit.running, now, running=True))
+            for unit in state.units
+            if unit.running is not None
+        ]
         if now < self._trusted:
             play = self._play(state)
             play.serve()
@@ -98,6 +108,7 @@ class Lookahead:
         horizon = min(max(STEPS_AHEAD * longest, SHORTEST), LONGEST)
         self._end = now + horizon
         self._coming, self._times = self._habits.coming(state, self._end, FRAMES)
+        self._world.prices = self._habits.prices
         best, barred = self._search(state)
         if not barred:
             self._trusted = now + TRUSTED * horizon
@@ -105,6 +116,7 @@ class Lookahead:
 
     def _decision(self, future: Future, again: int) -> Decision:
         if future.job is not None and future.option is not None:
+            self._last[future.option.unit] = future.job.stream
             return Start(future.job, future.option)
         return Wake(again)
 
@@ -165,41 +177,48 @@ class Lookahead:
         waiting = self._claims.copy()
         if without is not None:
             waiting.remove(without)
-        play = Play(self._world, state.now, waiting, self._style if style is None else style, self._habits.prices)
-        for unit in state.units:
-            job = unit.running
-            if job is not None and unit.option is not None:
-                play.hold(unit.index, max(unit.until, state.now), unit.demand, self._claim(job, state.now, unit.option))
+        play = Play(self._world, state.now, waiting, self._style if style is None else style, self._last.copy())
+        for held in self._held:
+            play.hold(*held)
         play.settle()
         return play
 
-    def _claim(self, job: Job, now: int, running: Option | None = None) -> Claim:
-        habits = self._habits
+    def _claim(self, job: Job, now: int, running: bool = False) -> Claim:
+        habits, stream = self._habits, job.stream
         if job.kind == Kind.FRAME:
-            ways = ways_of(job.options, job.setup) if any(job.setup) else habits.ways(job.stream, job.options)
-            claim = habits.frame(job.stream, job.deadline, ways)
-            if running is None and job.deadline < now + ways[0][1] and not job.droppable:
+            self._learn_switch(job)
+            ways = self._ways(job) if any(job.setup) else habits.ways(stream, job.options)
+            claim = habits.frame(stream, job.deadline, ways)
+            if not running and job.deadline < now + ways[0][1] and not job.droppable:
                 return claim._replace(order=ENDLESS / 2, deadline=ENDLESS / 2, weight=LATE)
             return claim
-        ways = ways_of(job.options, job.setup)
+        ways = self._ways(job)
         target = habits.target(job)
-        token = habits.tokens.get(job.stream, ())
+        token = habits.tokens.get(stream, ())
         number = -1 - job.number
         if job.kind == Kind.DECODE:
             due = habits.token_due(job)
-            return Claim(due, number, due, ways, TOKEN, None, Mode(-1.0, ways, token or ways, target))
+            return Claim(due, number, due, ways, TOKEN, stream, None, Mode(-1.0, ways, token or ways, target))
         plain = ways_of(job.options)
         unit, ns, _ = plain[0]
         left = max(0.0, (job.remaining[unit] or 0) / ns - 1.0)
-        return Claim(
-            job.deadline,
-            number,
-            job.deadline,
-            ways,
-            REQUEST,
-            None,
-            Mode(left if left > 1e-3 else 0.0, plain, token, target),
-        )
+        mode = Mode(left if left > 1e-3 else 0.0, plain, token, target)
+        return Claim(job.deadline, number, job.deadline, ways, REQUEST, stream, None, mode)
+
+    def _ways(self, job: Job) -> Ways:
+        """With the setup, less the switch that a play adds by itself."""
+        assert self._world is not None
+        switch, last = self._world.switch, self._last
+        setup = [ns - (switch[unit] if last[unit] != job.stream else 0.0) for unit, ns in enumerate(job.setup)]
+        return ways_of(job.options, setup)
+
+    def _learn_switch(self, job: Job) -> None:
+        """The least setup that a frame had to pay on a unit is a switch; a load is longer."""
+        assert self._world is not None
+        switch = self._world.switch
+        for unit, ns in enumerate(job.setup):
+            if ns and (not switch[unit] or ns < switch[unit]):
+                switch[unit] = float(ns)
 
 
 def _changed(claim: Claim, job: Job, option: Option) -> tuple[Claim, float]:
