@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlkit.apps import scenariofiles
 from rlkit.profiles.scheduling import scenario
 from rlkit.profiles.scheduling.scenario import Overheads, Process
 from rlkit.profiles.scheduling.workload import Late, Lengths
@@ -182,3 +183,12 @@ def test_whole_milliseconds_need_whole_rates() -> None:
     text = WHOLE.replace("duration_ms = 1000", "duration_ms = 1000\nwhole_milliseconds = true")
     with pytest.raises(ValueError, match=r"streams.voice.rate = 31.25 gives no whole milliseconds"):
         scenario.parse(text)
+
+
+def test_scenarios_are_found_by_name_or_path(tmp_path: Path) -> None:
+    assert scenariofiles.load("gaming").name == "gaming" and len(scenariofiles.names()) == 10
+    path = tmp_path / "mine.toml"
+    path.write_text(WHOLE)
+    assert scenariofiles.load(str(path)).name == "mine"
+    with pytest.raises(FileNotFoundError, match=r"no scenario 'gamin'; there is gaming.*, or give a \.toml file"):
+        scenariofiles.load("gamin")

@@ -102,6 +102,10 @@ class Costs(Protocol):
         """Memory of the machine; None if not known."""
         ...
 
+    def having(self, models: Mapping[str, ModelSize]) -> Costs:
+        """These costs with the sizes of further models, where sizes are what they are made of."""
+        ...
+
     def known(self, model: str) -> bool:
         """Whether there is such a model at all."""
         ...
@@ -134,7 +138,7 @@ class Forecast:
         self, device: Device, models: Mapping[str, ModelSize] | None = None, sizes: Sizes | None = None
     ) -> None:
         """`models` come on top of the table. ValueError for a device whose memory bandwidth is not known."""
-        table = sizes or built_in()
+        self._table = table = sizes or built_in()
         self.device, self._models = device, {**table.models, **(models or {})}
         if device.bandwidth is None:
             raise ValueError(f"{device.name} has no known memory bandwidth, which all units share; use another device")
@@ -145,6 +149,10 @@ class Forecast:
         self._kept: dict[tuple[str, str, str], Model] = {}
         self._steps: dict[tuple[str, str, str, int, int], Cost] = {}
         self.units = tuple(_facts(self._units[name], self._shares[name]) for name in UNITS if name in self._units)
+
+    def having(self, models: Mapping[str, ModelSize]) -> Forecast:
+        """With sizes on top of the table."""
+        return Forecast(self.device, {**self._models, **models}, self._table) if models else self
 
     def known(self, model: str) -> bool:
         """Whether the table has it."""

@@ -51,7 +51,7 @@ def prepare(scenario: Scenario, costs: Costs) -> Prepared:
     Raises ValueError naming file and key: a model that is not known, or that no unit can run, a unit that the device
     does not have, a context that is too long, and memory over capacity.
     """
-    skipped: list[str] = []
+    costs, skipped = costs.having(scenario.models), list[str]()
     streams: list[Stream | Llm] = [_stream(scenario, each, costs, skipped) for each in scenario.streams]
     streams += [_llm(scenario, each, costs, skipped) for each in scenario.requests]
     _check_memory(scenario, costs, streams)
