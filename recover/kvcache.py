@@ -16,6 +16,7 @@ than they need in bytes, the 16-bit baseline too. Models with other memory than 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,8 @@ def refuse(config: Any, scheme: KVScheme) -> None:
     config = config.get_text_config(decoder=True)
     name = getattr(config, "model_type", "this model")
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - set(KNOWN))
-    if kinds or getattr(config, "is_encoder_decoder", False) or getattr(config, "num_kv_shared_layers", 0):
+    shared = getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ())
+    if kinds or shared or getattr(config, "is_encoder_decoder", False):
         what = f"layers of type {', '.join(kinds)}" if kinds else "layers that read other layers' keys"
         why = f"{name} has {what}, whose memory is not keys and values of each token"
         raise ValueError(f"{why}, so KV schemes are not simulated on it; name a model with attention in every layer")
@@ -114,17 +116,18 @@ def prefill(
 ) -> Prefilled:
     """Read ids (B, T) behind what a cache holds, `chunk` tokens a pass; None reads them at once.
 
-    Raises ValueError for no ids and for a chunk of less than a token.
+    Raises ValueError for no ids, for more than the model's context holds, and for a chunk of less than a token.
     """
     if ids.ndim != 2 or not ids.shape[1]:
         raise ValueError(f"ids of shape {tuple(ids.shape)} are no prompt; give (rows, tokens)")
+    fits(model, cache.get_seq_length() + ids.shape[1])
     peak = Peak() if watch else None
     cache.peak = peak
     logits = ids.new_empty(0)
     try:
         with peak or contextlib.nullcontext():
             for start, stop in spans(ids.shape[1], chunk):
-                logits = _last(model, ids[:, start:stop], cache)
+                logits = _pass(model, ids[:, start:stop], cache, 1)[:, 0]
     finally:
         cache.peak = None
     return Prefilled(logits, None if peak is None else peak.nbytes)
@@ -138,10 +141,21 @@ def spans(tokens: int, chunk: int | None) -> Iterator[tuple[int, int]]:
     return ((start, min(start + width, tokens)) for start in range(0, tokens, width))
 
 
-def _last(model: Any, ids: torch.Tensor, cache: QuantizedCache) -> torch.Tensor:
-    """Logits (B, V) after the last of ids (B, T)."""
-    found = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits: torch.Tensor = found.logits[:, -1]
+def fits(model: Any, tokens: int) -> None:
+    """Raise ValueError for more tokens than a model's context holds."""
+    limit = _context(model)
+    if tokens > limit:
+        raise ValueError(f"{tokens} tokens are more than the model's context of {limit}; give {limit} or fewer")
+
+
+def _context(model: Any) -> int:
+    return int(model.config.get_text_config().max_position_embeddings)
+
+
+def _pass(model: Any, ids: torch.Tensor, cache: QuantizedCache, last: int) -> torch.Tensor:
+    """Logits (B, last, V) at the end of ids (B, T)."""
+    partly = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **partly).logits[:, -last:]
     return logits
 
 
@@ -181,9 +195,8 @@ class KVReader:
             ids = torch.from_numpy(np.ascontiguousarray(part.ids[start:stop]))[None].to(self._model.device)
             wanted = part.positions[(part.positions >= start) & (part.positions < stop)] - start
             width = stop - start - int(wanted[0]) if len(wanted) else 1
-            found = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=width)
             rows = torch.from_numpy(wanted).to(self._model.device) - (stop - start - width)
-            kept.append(found.logits[0, rows].float().cpu().numpy())
+            kept.append(_pass(self._model, ids, cache, width)[0, rows].float().cpu().numpy())
         return Outcome(np.concatenate(kept), cache.memory() if part.keep else None)
 
 
@@ -196,18 +209,21 @@ def kv_scorer(
     scales: Scales | None = None,
 ) -> Likelihood:
     """The scorer of a model under a scheme, as `torch_scorer`. Raises ValueError as QuantizedCache does."""
-    length = context_length or int(model.config.get_text_config().max_position_embeddings)
-    return Likelihood(KVReader(model, scheme, chunk, length, scales))
+    return Likelihood(KVReader(model, scheme, chunk, context_length or _context(model), scales))
 
 
 def kv_replies(
     model: Any, scheme: KVScheme, chunk: int = CHUNK, *, scales: Scales | None = None
 ) -> Callable[[Sequence[int], int], list[int]]:
-    """The likeliest reply of a model under a scheme: prompt ids and the most new tokens -> new ids, as `replies`."""
+    """The likeliest reply of a model under a scheme: prompt ids and the most new tokens -> new ids, as `replies`.
+
+    A reply ends where the model's context does; a prompt beyond it raises ValueError.
+    """
     stops = model.generation_config.eos_token_id
+    if stops is None:
+        stops = model.config.get_text_config().eos_token_id
     ends = set(stops if isinstance(stops, list) else [stops])
-    length = int(model.config.get_text_config().max_position_embeddings)
-    reader = KVReader(model, scheme, chunk, length, scales)
+    reader = KVReader(model, scheme, chunk, _context(model), scales)
 
     @torch.no_grad()
     def reply(ids: Sequence[int], most: int) -> list[int]:
@@ -219,24 +235,26 @@ def kv_replies(
         token = int(prefill(model, prompt, cache, None if whole else chunk).logits.argmax())
         while token not in ends:
             new.append(token)
-            if len(new) == most:
+            if len(new) == most or len(ids) + len(new) > reader.context_length:
                 break
-            token = int(_last(model, torch.tensor([[token]], device=model.device), cache).argmax())
+            token = int(_pass(model, torch.tensor([[token]], device=model.device), cache, 1).argmax())
         return new
 
     return reply
 
 
-def kv_logits(model: Any, scheme: KVScheme, chunk: int = CHUNK, *, scales: Scales | None = None) -> Any:
+def kv_logits(
+    model: Any, scheme: KVScheme, chunk: int = CHUNK, *, scales: Scales | None = None
+) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
     """A LogitsFn under a scheme: ids (B, T) int64 -> logits (B, T, V) float32, each row from an empty cache.
 
     Padding on the right follows everything it could change, but for windows, groups of tokens, means and ranges: where
     those matter, give rows without.
     """
-    length = int(model.config.get_text_config().max_position_embeddings)
-    reader = KVReader(model, scheme, chunk, length, scales)
+    reader = KVReader(model, scheme, chunk, _context(model), scales)
 
     def logits(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        fits(model, ids.shape[1])
         parts = [Part(row, None, 0, np.arange(len(row)), False) for row in ids]
         return np.stack([outcome.logits for _number, outcome in reader.read(parts)])
 
@@ -245,7 +263,8 @@ def kv_logits(model: Any, scheme: KVScheme, chunk: int = CHUNK, *, scales: Scale
 
 def kv_samples(model: Any, rows: Sequence[Sequence[int]]) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Keys and values (tokens, KV heads, head_dim) of each layer over all rows: what scales are chosen on."""
-    reader = KVReader(model, WHOLE, CHUNK, max(map(len, rows)), None)
+    fits(model, max(map(len, rows)))
+    reader = KVReader(model, WHOLE, CHUNK, _context(model), None)
     parts = [Part(np.asarray(row, np.int64), None, 0, np.array([len(row) - 1]), True) for row in rows]
     memories = [outcome.past for _number, outcome in reader.read(parts)]
     return [

@@ -115,8 +115,10 @@ FLOAT = KVFormat(WHOLE)
 class KVScheme:
     """A cache: how keys and values are kept, whether keys are smoothed, how many recent tokens stay in 16 bit.
 
-    Smoothing takes the mean over the first tokens, per channel, from keys before they are rounded. `name` is what
-    `parse` reads; schemes that do the same have the same one.
+    Smoothing takes a mean per channel from keys before they are rounded, and gives it back after: that of the tokens
+    which become codes first, at least SETTLE, a prompt's first chunk. The window bounds 16 bit from below where tokens
+    are rounded by groups (KIVI's own bounds its keys from above). `name` is what `parse` reads; schemes that do the
+    same have the same one.
     """
 
     name: str

@@ -274,6 +274,7 @@ def test_replies_are_those_of_the_model_where_nothing_is_rounded(model: Any) -> 
     assert reply(prompt, 12) == plain
     assert reply(prompt, 0) == []
     assert len(kv_replies(model, parse("k2v2"))(prompt, 5)) <= 5
+    assert len(reply(ids(250).tolist(), 100)) <= 7  # 256 tokens are read, one more is said
 
 
 def test_a_sliding_window_is_the_masks() -> None:
@@ -308,6 +309,11 @@ def test_what_does_not_fit_is_refused_in_one_line(model: Any, tmp_path: Path) ->
         (lambda: prefill(model, row[:, :0], QuantizedCache(k4, model.config)), "no prompt"),
         (lambda: prefill(model, row, QuantizedCache(k4, model.config), 0), "chunk of 0"),
         (lambda: kv_scorer(model, k4, -1), "chunk of -1"),
+        (
+            lambda: prefill(model, torch.zeros(1, 257, dtype=torch.long), QuantizedCache(k4, model.config)),
+            "context of 256",
+        ),
+        (lambda: kv_logits(model, k4)(ids(300)[None]), "300 tokens are more"),
         (lambda: QuantizedLayer(k4).recorded_pair(), "did not record"),
     ]
     for attempt, reason in cases:
