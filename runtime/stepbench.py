@@ -52,6 +52,8 @@ class Answer:
 
 def answer(job: Job) -> Answer:
     """Time a job in this process; ValueError for a prompt beyond the bundle's context."""
+    import onnxruntime_genai  # noqa: F401, its own memory is not the bundle's
+
     before = peak_nbytes()
     began = time.perf_counter()
     session = open_bundle(Path(job.model), device=job.provider, threads=job.threads)

@@ -77,7 +77,7 @@ class Measured:
         self.bytes_per_s, self.memory_nbytes = profile.bytes_per_s, profile.memory_nbytes
 
     def _load(self, part: Part) -> float:
-        """Bytes per second at which models were opened there, the slowest of the large ones."""
+        """Bytes per second at which a model was opened there, the fastest: small ones only take their time."""
         rates = [
             entry.nbytes / run.load_seconds
             for entry in self.profile.models

@@ -54,7 +54,8 @@ def subject(reference: str, shapes: Mapping[str, tuple[int, ...]] | None = None)
 
     Raises ValueError or FileNotFoundError, one line with the remedy: nothing is downloaded here.
     """
-    name, equals, rest = reference.partition("=")
+    named = not Path(reference).expanduser().exists()  # a path may hold a = of its own
+    name, equals, rest = reference.partition("=") if named else ("", "", reference)
     wanted = rest if equals else reference
     path = Path(wanted).expanduser()
     if path.is_dir():
