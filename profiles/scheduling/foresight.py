@@ -221,7 +221,8 @@ class Play:
         """(unit, ns with the switch, demand, finish) of the way to run a step; `last` as it will be by then."""
         world, demands, stream = self.world, self.demands, claim.stream
         room = world.cap - sum(demands)
-        yielding = self.style is Style.YIELDING and claim.mode is None
+        yielding = self.style is Style.YIELDING
+        left = 0.0 if claim.mode is None else max(claim.mode.left, 0.0)
         best, least, cheapest = (0, 0.0, 0.0, ENDLESS), ENDLESS, ENDLESS
         for unit, alone, demand in claim.ways:
             ns = alone if last[unit] == stream else alone + world.switch[unit]
@@ -231,7 +232,7 @@ class Play:
                 demands[unit] = demand
                 finish = free[unit] + ns / world.speeds(demands)[unit]
                 demands[unit] = kept
-            if yielding and finish <= claim.deadline:
+            if yielding and finish + left * alone <= claim.deadline:
                 price = ns * world.prices[unit]
                 if price < cheapest:
                     best, cheapest = (unit, ns, demand, finish), price

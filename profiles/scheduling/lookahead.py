@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rlkit.profiles.scheduling.foresight import ENDLESS, Claim, Mode, Play, Style, Ways, World
+from rlkit.profiles.scheduling.foresight import ENDLESS, Claim, Mode, Play, Style, Ways, World, frame_number
 from rlkit.profiles.scheduling.habits import Habits, ways_of
 from rlkit.runtime.jobs import Decision, Drop, Job, Kind, Option, Start, State, Wake
 
@@ -103,7 +103,9 @@ class Lookahead:
         if now < self._trusted:
             play = self._play(state)
             play.serve()
-            return self._decision(self._first(play, 0.0), int(self._trusted) + 1)
+            future = self._first(play, 0.0)
+            if future.job is None or future.job.kind == Kind.FRAME:
+                return self._decision(future, int(self._trusted) + 1)
         longest = max(claim.ways[-1][1] for claim in claims)
         horizon = min(max(STEPS_AHEAD * longest, SHORTEST), LONGEST)
         self._end = now + horizon
@@ -143,7 +145,8 @@ class Lookahead:
                 future = self._run(play, least)
                 if future.cost < least:
                     best, least, barred = future, future.cost, True
-        self._accepted = best.lost
+        soon = frame_number(0, int(state.now + TRUSTED * (self._end - state.now)))
+        self._accepted = frozenset(number for number in best.lost if number < soon)
         return best, barred
 
     def _others(self, state: State, idle: list[int], limit: float) -> Iterator[Future]:
