@@ -41,7 +41,8 @@ class DepthShape:
 
     def __post_init__(self) -> None:
         widths = [*self.down, *self.bottleneck, *(width for pair in self.up for width in pair)]
-        if not self.down or len(self.up) != len(self.down) or len(widths) != 3 * len(self.down) + 2:
+        pairs = all(len(pair) == 2 for pair in (self.bottleneck, *self.up))
+        if not self.down or len(self.up) != len(self.down) or not pairs:
             raise ValueError(f"{self} is no network; give levels down, as many up, and two widths for each up")
         if any(type(width) is not int or width < 1 for width in widths):
             raise ValueError(f"{self} has a width that is no number of channels; use whole numbers from 1")
@@ -64,8 +65,8 @@ class DepthShape:
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """Inverse of to_json; ValueError naming what is wrong."""
         try:
-            down, up = tuple(fields["down"]), tuple((first, second) for first, second in fields["up"])
-            return cls(down, tuple(fields["bottleneck"]), up)
+            up = tuple(tuple(pair) for pair in fields["up"])
+            return cls(tuple(fields["down"]), tuple(fields["bottleneck"]), up)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{fields} is no depth network ({error!r}); give down, bottleneck and up") from error
 
