@@ -139,8 +139,8 @@ def constant(truths: Sequence[tuple[Map, Mask]]) -> float:
 def semi_global(left: Image, right: Image, max_disparity: int = 192) -> tuple[Map, float]:
     """Disparity (H, W) by semi-global matching, gaps filled, and the share of pixels that were matched.
 
-    Penalties, block of 5, uniqueness 10 % and left-right check of 1 px as OpenCV's own stereo sample sets them; columns
-    added at the left let matching begin at the image's edge.
+    Blocks of 5, penalties of 8 and 32 per channel and pixel of a block (OpenCV's documentation), uniqueness of 10 %, a
+    left-right check of 1 px. Columns added at the left let matching begin at the image's edge.
     """
     import cv2
 

@@ -11,8 +11,9 @@ add a mean correction. Stage 4 propagates stage 3's map along gates read from th
 
     features 1,983; 3D nets 28,674 + 1,986 + 1,986; SPN 99 C^2 + 288 C for C channels, less where C = 0
 
-Two things differ from the published code, and no weight does. There a correction of +k is the mean weight of disparity
-d - k; here it is that of d + k. Stages hand over maps of their own resolution instead of the image's.
+No weight differs from the published code, but three things do. There a correction of +k goes by the cost of disparity
+d - k; here by that of d + k. Stages hand over maps of their own resolution instead of the image's. Stage 4 begins as
+stage 3's map smoothed along its gates, not as noise.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class Refine(nn.Module):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Let it begin as the mean of its channels, each the map itself but for what the gates move."""
+        """Let it begin as the mean of its channels, each of them the map moved along its own gates."""
         for conv, share in ((self.spread, 1.0), (self.gather, 1 / self.spread.out_channels)):
             conv.weight.zero_()
             conv.weight[:, :, 1, 1] = share

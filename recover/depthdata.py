@@ -82,6 +82,7 @@ def find(folder: Path) -> list[Files]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; give the folder of a data set")
+    folder = folder.absolute()  # so that it has a parent
     for finder in FINDERS.values():
         if found := finder(folder):
             return found

@@ -25,10 +25,7 @@ AMBIENT = np.float32(0.45)  # of light that comes from everywhere
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Surfaces:
-    """K rectangles and balls. A ball has a radius, and halves that do not matter; its texture is seen from the front.
-
-    What a rectangle looks like beyond its halves does not matter; infinite halves make a plane.
-    """
+    """K rectangles and balls. Infinite halves make a plane. A ball's axes lay its texture on it, its halves say nothing."""
 
     centre: Floats  # (K, 3)
     axis_a: Floats  # (K, 3)

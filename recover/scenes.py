@@ -132,23 +132,18 @@ def _photograph(rng: np.random.Generator, surfaces: Surfaces, hits: Hits, lens: 
     if view.blur:
         for axis in (0, 1):
             colours = _blur(colours, axis, np.float32(view.blur))
-    colours *= np.float32(1 + view.exposure * rng.uniform(-1, 1))
+    colours = colours * np.float32(1 + view.exposure * rng.uniform(-1, 1))
     if view.noise:
-        colours += np.float32(view.noise * rng.random()) * rng.standard_normal(colours.shape, np.float32)
+        colours = colours + np.float32(view.noise * rng.random()) * rng.standard_normal(colours.shape, np.float32)
     return np.rint(colours.clip(0, 1) * np.float32(255)).astype(np.uint8)
 
 
 def _blur(colours: Floats, axis: int, share: np.float32) -> Floats:
     """Give `share` of every pixel to each neighbour along an axis."""
-    edges = [(0, 0)] * 3
-    edges[axis] = (1, 1)
-    wide = np.pad(colours, edges, mode="edge")
-    before, after = (
-        wide[tuple(slice(start, start + n) for start, n in zip(at, colours.shape, strict=True))]
-        for at in ([0, 0, 0], [2 * (i == axis) for i in range(3)])
-    )
-    blurred: Floats = colours * (1 - 2 * share) + share * (before + after)
-    return blurred
+    rows = colours.swapaxes(0, axis)
+    wide = np.concatenate([rows[:1], rows, rows[-1:]])
+    blurred: Floats = rows * (1 - 2 * share) + share * (wide[:-2] + wide[2:])
+    return blurred.swapaxes(0, axis)
 
 
 @dataclass(slots=True)
