@@ -88,11 +88,13 @@ def test_kitti(tmp_path: Path, names: tuple[str, str, str]) -> None:
 
 
 @pytest.mark.parametrize(("prefix", "truth"), [("", "disparity"), ("monkaa_", "disparity"), ("", "frames_disparity")])
-def test_sceneflow(tmp_path: Path, prefix: str, truth: str) -> None:
+def test_sceneflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str, truth: str) -> None:
     folder = sceneflow(tmp_path / "monkaa", prefix, truth)
     files = depthdata.find(folder)
     assert len(files) == 2 and depthdata.find(folder / f"{prefix}frames_cleanpass") == files
     assert depthdata.find(tmp_path) == files  # of several parts side by side
+    monkeypatch.chdir(folder)
+    assert depthdata.find(Path()) == files
     sample = depthdata.load(files[0])
     assert isinstance(sample, StereoSample)
     np.testing.assert_array_equal(sample.disparity, DISPARITY)
