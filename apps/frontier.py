@@ -29,8 +29,7 @@ from rlkit.profiles.frontier.space import FLOAT, Point, Space
 from rlkit.profiles.frontier.store import Store, kept
 from rlkit.recover import assets, cache, source
 from rlkit.recover.atomic import refuse_existing, write_text
-from rlkit.recover.progress import Tell
-from rlkit.recover.source import ModelShape, Source
+from rlkit.recover.source import ModelShape, Source, SourceKind
 from rlkit.runtime import kv as runtime_kv
 
 PAGES = (".html", ".htm")
@@ -103,10 +102,13 @@ def frontier(  # noqa: PLR0913, one parameter per option of the command
     }
     _check_files(output, html, force=force)
     budget = Budget(max_bytes, max_loss / 100)
+    heldout.find_text(text)
     with console.progress(quiet=json) as tell:
         found = source.resolve(model, download=model in assets.registry() and not dry_run, tell=tell)
         told = {} if space is None else spaces.read(space)
-        wanted, named = _planned(found, told | {key: value for key, value in given.items() if value is not None}, tell)
+        told |= {key: value for key, value in given.items() if value is not None}
+        named = kvweights.find(found, told.get("weights", (FLOAT,)), tell, download=not dry_run)
+        wanted = _planned(found, told, named)
         points = wanted.points()
         if dry_run:
             _say_plan(
@@ -119,7 +121,10 @@ def frontier(  # noqa: PLR0913, one parameter per option of the command
         run, totals = _run(bench), bench.totals(wanted.contexts)
         searched = (search.grid if grid else search.halving)(points, totals, run, tell)
     made = _result(found, wanted, bench, searched, budget)
-    _finish(made, _place(output, found, made), html, json=json)
+    path = output or _place(found, made)
+    _finish(made, path, html, json=json)
+    if not json:
+        _say_next(made, setup, path)
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:
@@ -140,13 +145,12 @@ def _check_files(output: Path | None, html: Path | None, *, force: bool) -> None
         refuse_existing(path, force=force)
 
 
-def _planned(model: Source, told: dict[str, Any], tell: Tell) -> tuple[Space, list[Weights]]:
-    """The space with its gaps filled for this model, and its weights, nothing made yet.
+def _planned(model: Source, told: dict[str, Any], named: Sequence[Weights]) -> Space:
+    """The space with its gaps filled for this model and its weights.
 
     Raises ValueError for contexts beyond the model's and caches that do not fit its heads.
     """
     shape = source.read_shape(model)
-    named = kvweights.find(model, told.get("weights", (FLOAT,)), tell, download=True)
     bundles = {one.name: _caches(one.model.path) for one in named if one.bundle}
     filled = {"contexts": _contexts(shape), **_fitting(shape), **told, "bundles": bundles}
     filled["weights"] = tuple(one.name for one in named)
@@ -163,7 +167,7 @@ def _planned(model: Source, told: dict[str, Any], tell: Tell) -> tuple[Space, li
                 raise ValueError(
                     f"{why}; measure it on a bundle that has it: rlkit kv-calibrate BUNDLE, rlkit kv BUNDLE"
                 )
-    return wanted, named
+    return wanted
 
 
 def _caches(bundle: Path) -> tuple[str, ...]:
@@ -187,7 +191,7 @@ def _setup(
 ) -> Setup:
     device, dtype, threads = how
     return Setup(
-        weights={one.name: one.model.reference for one in named},
+        weights={one.name: str(one.model.file.resolve()) for one in named},
         nbytes={one.name: one.nbytes for one in named},
         tasks=wanted.tasks,
         items=wanted.items,
@@ -230,10 +234,8 @@ def _told(setup: Setup) -> dict[str, Any]:
     return {name: value for name, value in setup.to_json().items() if name in names}
 
 
-def _place(output: Path | None, model: Source, made: FrontierResult) -> Path:
-    """Where the result is written: as asked, else by what was searched over, so that equal calls have one file."""
-    if output is not None:
-        return output
+def _place(model: Source, made: FrontierResult) -> Path:
+    """Where a result is kept unless told: by what was searched over, so that equal calls have one file."""
     what = repr((made.model.to_json(), made.settings, made.budget))
     name = f"{Path(model.reference).name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}.json"
     return _folder() / "results" / name
@@ -295,4 +297,14 @@ def _finish(made: FrontierResult, path: Path, html: Path | None, *, json: bool) 
     if html is not None:
         console.say(f"page: {html}")
     console.say(f"result: {path}")
-    console.say(f"next: rlkit export {made.model.name} -o BUNDLE --kv-from {path}")
+
+
+def _say_next(made: FrontierResult, setup: Setup, path: Path) -> None:
+    """What to do with what was chosen at the longest context."""
+    if not made.chosen:
+        return
+    model = source.resolve(setup.weights[made.chosen[-1].point.weights])
+    if model.kind is SourceKind.BUNDLE:
+        console.say(f"next: rlkit serve {model.file} --kv-from {path}")
+    else:
+        console.say(f"next: rlkit export {model.file} -o BUNDLE --kv-from {path}")

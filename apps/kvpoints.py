@@ -1,7 +1,8 @@
 """Measure points of a KV frontier: torch models under simulated caches, bundles under the runtime's own.
 
 A `Setup` is plain values, so that any process can open a `Bench` of it and measure; one model is loaded at a time.
-KL is that to the reference's weights with a float cache, on windows of a text; their logits are kept on disk.
+KL is that to the reference's weights with a float cache, on one long row of a text, as windows and means of caches
+show little in short ones; the reference's logits are kept on disk.
 
 Activations of torch models are counted tensor by tensor, at two bytes a number. What a bundle's process needs besides
 weights and cache, the runtime itself included, stands in their place there.
@@ -37,8 +38,7 @@ from rlkit.recover.progress import Tell, silent
 from rlkit.recover.source import Source, SourceKind
 
 VERSION = 1  # of how points are measured: another one measures anew
-KL_TOKENS = 512  # of the text: a screen, not a figure to publish
-WINDOW = 512
+KL_TOKENS = 768  # of the text: a screen, not a figure to publish
 NEW = 16  # tokens by the clock
 
 
@@ -126,6 +126,7 @@ class Bench:
         else:
             mark, given = self._mark(setup.reference), sha256(heldout.find_text(setup.text))
             own = ["screen", mark, given, KL_TOKENS, setup.nbytes[point.weights], setup.seed]
+            own += [setup.threads] if self._is_bundle(point) else []  # seconds are measured there too
         return hashlib.sha256(json.dumps([*common, *own]).encode()).hexdigest()
 
     def prepare(self) -> None:
@@ -134,7 +135,7 @@ class Bench:
 
     def measure(self, point: Point, items: range) -> Measured:
         """Scores of a point's items; for no items bytes and KL, of a bundle seconds too."""
-        bundle = self._sources[point.weights].kind is SourceKind.BUNDLE
+        bundle = self._is_bundle(point)
         if items:
             asked = self.items(point.context)[items.start : items.stop]
             return Measured(self._bundle_scores(point, asked) if bundle else self._torch_scores(point, asked))
@@ -143,6 +144,9 @@ class Bench:
         found = self._footprint(point)
         needs = Memory(self.setup.nbytes[point.weights], found.cache_nbytes, found.activations_nbytes)
         return Measured((), needs, self._kl(point))
+
+    def _is_bundle(self, point: Point) -> bool:
+        return self._sources[point.weights].kind is SourceKind.BUNDLE
 
     def _kl(self, point: Point) -> float:
         """Does not depend on the context, so it is computed once for all of them."""
@@ -155,9 +159,13 @@ class Bench:
 
     @functools.cached_property
     def _batches(self) -> list[text.Batch]:
-        documents = text.read_documents(heldout.find_text(self.setup.text))
-        rows = text.windows(documents, self.reading.encode_special, min_tokens=KL_TOKENS, max_length=WINDOW)
-        return text.batches(rows, max_ids=1)  # a row each: padding would be part of a cache's ranges
+        given = heldout.find_text(self.setup.text)
+        ids = self.reading.encode_special("\n\n".join(text.read_documents(given)))
+        room = source.read_shape(self._sources[self.setup.reference]).max_context
+        row = ids[: min(KL_TOKENS, room)]
+        if len(row) < 2:
+            raise ValueError(f"{given} has {len(row)} tokens, so there is nothing to compare on; name a longer text")
+        return text.batches([row], max_ids=1)
 
     def _reference(self) -> divergence.Reference:
         mark = self._mark(self.setup.reference)
@@ -189,7 +197,7 @@ class Bench:
         from rlkit.recover.kvcache import kv_logits
 
         model = self._model(point.weights)
-        simulated: LogitsFn = kv_logits(model, kvformat.parse(point.kv), point.chunk or WINDOW)
+        simulated: LogitsFn = kv_logits(model, kvformat.parse(point.kv), point.chunk or KL_TOKENS)
         return simulated
 
     def _model(self, name: str) -> Any:

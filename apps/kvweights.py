@@ -78,8 +78,8 @@ def _named(model: Source, name: str, tell: Tell, *, download: bool) -> Weights:
     if base in recipes.NAMED or base.endswith(".toml"):
         return _by_recipe(model, name, base, options)
     found = source.resolve(name, download=download and name in assets.registry(), tell=tell)
-    why = identity_of(model).differs(identity_of(found))
-    if why and not why.startswith("the weights"):  # what a recovery left is meant to differ
+    why = identity_of(model).differs(identity_of(found), trained=False)  # what a recovery left is meant to differ
+    if why:
         raise ValueError(f"--weights {name} is another model ({why}); name weights of {model.reference}")
     return Weights(name, found)
 

@@ -17,6 +17,7 @@ import typer
 
 from rlkit.apps import console
 from rlkit.apps.server.settings import Settings
+from rlkit.runtime.generation import CHUNK_TOKENS
 from rlkit.runtime.session import Session, open_bundle, read_bundle
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ def serve(  # noqa: PLR0913, one parameter per option of the command
         float | None, typer.Option(metavar="GB", help="For all open bundles; default: three quarters of what there is.")
     ] = None,
     kv: Annotated[str | None, typer.Option(help="KV cache: float, or int8 or int4 where the bundle has it.")] = None,
+    kv_from: Annotated[
+        Path | None, typer.Option(help="The cache, and the chunks of prompts, that `rlkit kv` chose: its result file.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, auto, or a device that rlkit doctor lists.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; as the bundle says.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the address as one line of JSON when ready.")] = False,
@@ -58,7 +62,9 @@ def serve(  # noqa: PLR0913, one parameter per option of the command
 
     settings = Settings(host, api_key, tuple(cors or ()))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")  # standard error
-    pool = make_pool(bundles, slots=slots, queue=queue, memory=memory, opener=_opener(device, threads, kv))
+    kv, chunk = (kv, CHUNK_TOKENS) if kv_from is None else _chosen(kv, kv_from, bundles)
+    opener = _opener(device, threads, kv)
+    pool = make_pool(bundles, slots=slots, queue=queue, memory=memory, opener=opener, chunk_tokens=chunk)
     with listening(host, port) as sock, contextlib.closing(pool):
         address = address_of(host, sock)
         console.say(f"opening {pool.names[0]}")
@@ -74,6 +80,7 @@ def make_pool(
     queue: int,
     memory: float | None,
     opener: Callable[[Path], Session] = open_bundle,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Pool:
     """The pool of these folders, named by their last part. ValueError for no bundle, and for a name used twice."""
     from rlkit.apps.server.pool import Pool
@@ -89,9 +96,21 @@ def make_pool(
 
     def open_one(folder: Path) -> tuple[Session, Engine]:
         session = opener(folder)
-        return session, Engine(session, slots, queue)
+        return session, Engine(session, slots, queue, chunk_tokens=chunk_tokens)
 
     return Pool(named, open_one, _memory_nbytes(memory))
+
+
+def _chosen(kv: str | None, kv_from: Path, bundles: Sequence[Path]) -> tuple[str, int]:
+    """The cache and the tokens of a chunk that a result of `rlkit kv` says; it must be of every bundle's model."""
+    from rlkit.profiles.frontier import result
+    from rlkit.recover import source
+
+    if kv is not None:
+        raise ValueError(f"--kv {kv} and --kv-from {kv_from} both say which cache; leave one of them out")
+    chosen, *_same = [result.read_settings(kv_from, source.resolve(folder)) for folder in bundles]
+    console.say(f"{kv_from}: {chosen.text}")
+    return chosen.kv, chosen.chunk or CHUNK_TOKENS
 
 
 def _memory_nbytes(asked: float | None) -> int:

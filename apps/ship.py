@@ -76,6 +76,9 @@ def export(  # noqa: PLR0913, one parameter per option of the command
             help=f"Also quantized KV caches, with commas between: {', '.join(SCHEMES)}; see `rlkit kv-calibrate`."
         ),
     ] = None,
+    kv_from: Annotated[
+        Path | None, typer.Option(help="The caches that `rlkit kv` chose for this model: its result file.")
+    ] = None,
     allow_slow: Annotated[bool, typer.Option("--allow-slow", help="Ship what `rlkit lint` finds fault with.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be made, and stop.")] = False,
@@ -92,9 +95,11 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     where = targets.target_named(target, provider, dtype)
     if finish and where.device != "npu":
         raise ValueError(f"--finish is for NPUs, and this is for {where.name}; add --target npu, or leave it out")
-    wanted = None if kv is None else caches.Wanted(schemes_named(kv), measure=measure, allow_slow=allow_slow)
     with console.progress(quiet=json) as tell:
         found = source.resolve(model, download=model in assets.registry() and not dry_run, tell=tell)
+        if kv_from is not None:
+            kv = _chosen_caches(kv, kv_from, found)
+        wanted = None if kv is None else caches.Wanted(schemes_named(kv), measure=measure, allow_slow=allow_slow)
         options: request.Options = {
             "target": target,
             "provider": provider,
@@ -142,6 +147,17 @@ def _recipe(asked: str | None, found: source.Source, where: targets.Target) -> r
     return (
         None if found.kind is source.SourceKind.CHECKPOINT else request.default_recipe(where, source.read_shape(found))
     )
+
+
+def _chosen_caches(kv: str | None, kv_from: Path, model: source.Source) -> str | None:
+    """The caches that a result of `rlkit kv` asks for; None for none but the float one."""
+    from rlkit.profiles.frontier import result
+
+    if kv is not None:
+        raise ValueError(f"--kv {kv} and --kv-from {kv_from} both say which caches; leave one of them out")
+    chosen = result.read_settings(kv_from, model)
+    console.say(f"{kv_from}: {chosen.text}")
+    return chosen.caches
 
 
 def _named_folders(words: list[str]) -> dict[str, Path]:

@@ -243,7 +243,7 @@ def _nearest(ends: Sequence[int], wanted: float) -> int:
 
 
 def hay_of(count: int, encode: Encode, seed: int) -> list[list[int]]:
-    """Sentences of exactly `count` ids; the first has lost its beginning."""
+    """Sentences of exactly `count` ids; the first has lost its beginning, and those before it are gone."""
     found: list[list[int]] = []
     total = 0
     lines = sentences(seed)
@@ -251,9 +251,10 @@ def hay_of(count: int, encode: Encode, seed: int) -> list[list[int]]:
         ids = encode(f" {next(lines)}")
         found.append(ids)
         total += len(ids)
-    if found:
-        found[0] = found[0][total - count :]
-    return found
+    excess = total - count
+    while found and excess >= len(found[0]):  # the last may be longer than the first
+        excess -= len(found.pop(0))
+    return [found[0][excess:], *found[1:]] if found else []
 
 
 def sentences(seed: int = 0) -> Iterator[str]:

@@ -135,16 +135,23 @@ class Ticket:
 class Engine:
     """Runs up to `slots` streams of a session in turn, and up to `queue` more wait for a slot.
 
-    Nothing else may stream from the session meanwhile. `clock` returns seconds.
+    Nothing else may stream from the session meanwhile. `clock` returns seconds. `chunk_tokens` of a prompt are read at
+    once, fewer while others wait.
     """
 
     def __init__(
-        self, session: Streaming, slots: int = 4, queue: int = 32, clock: Callable[[], float] = time.perf_counter
+        self,
+        session: Streaming,
+        slots: int = 4,
+        queue: int = 32,
+        clock: Callable[[], float] = time.perf_counter,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         if slots < 1 or queue < 0:
             raise ValueError(f"{slots} slots and {queue} places cannot serve; use at least 1 and 0")
         self.session = session
         self._clock = clock
+        self._chunk = chunk_tokens
         self._stats = {name: 0 for name in ("done", "cancelled", "failed", "tokens", "prompt", "reused")}
         self._busy = 0.0
         self._slots, self._queue = slots, queue
@@ -303,7 +310,7 @@ class Engine:
 
     def _chunk_tokens(self) -> int:
         with self._changed:
-            return CHUNK_TOKENS if len(self._active) + len(self._waiting) < 2 else SHARED_CHUNK_TOKENS
+            return self._chunk if len(self._active) + len(self._waiting) < 2 else min(self._chunk, SHARED_CHUNK_TOKENS)
 
 
 def _deaf(told: Told) -> None:

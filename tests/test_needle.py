@@ -12,7 +12,7 @@ import pytest
 import families
 import tiny
 from rlkit.profiles import needle
-from rlkit.profiles.needle import Case, Wanted, by_generation, by_likelihood, make, sentences
+from rlkit.profiles.needle import Case, Wanted, by_generation, by_likelihood, hay_of, make, sentences
 from rlkit.recover.likelihood import Continuation, Pair
 from rlkit.recover.torchscorer import torch_scorer
 
@@ -46,6 +46,12 @@ class Oracle:
         before = context.rsplit("The", 1)[1]  # how the question ends: " secret number of Marlow is"
         said = not self.blind and f"The{before}{answer}" in context
         return Continuation(-1.0 if said else -9.0, 1, greedy=said)
+
+
+def test_hay_is_exact_where_the_last_sentence_is_longer_than_the_first() -> None:
+    for count in range(300):
+        hay = hay_of(count, words, seed=count % 7)
+        assert sum(map(len, hay)) == count and all(hay)
 
 
 @pytest.mark.parametrize("length", [400, 401, 402, 777, 2048])

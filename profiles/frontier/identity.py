@@ -34,19 +34,14 @@ class Identity:
         """The inverse of `to_json`; KeyError for what is none."""
         return cls(**{item.name: table[item.name] for item in fields(cls)})
 
-    def differs(self, other: Identity) -> str:
-        """In what the other is another model, in words; empty if nothing says so."""
+    def differs(self, other: Identity, *, trained: bool = True) -> str:
+        """In what the other is another model, in words; empty if nothing says so. `trained` looks at weights too."""
         for name in sorted(self.shape.keys() & other.shape.keys()):
             if self.shape[name] != other.shape[name]:
                 return f"{name} is {self.shape[name]} there and {other.shape[name]} here"
-        for name in ("vocabulary", "weights"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine and theirs and mine != theirs:
-                return f"{'its' if name == 'vocabulary' else 'the'} {name} {_VERB[name]} another"
-        return ""
-
-
-_VERB = {"vocabulary": "is", "weights": "are"}
+        if self.vocabulary and other.vocabulary and self.vocabulary != other.vocabulary:
+            return "the vocabulary is another"
+        return "the weights are others" if trained and self.weights and other.weights not in ("", self.weights) else ""
 
 
 def identity_of(model: Source) -> Identity:

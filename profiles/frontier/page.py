@@ -34,10 +34,18 @@ class Metric:
     log: bool = False
 
 
+def _kl(row: Row) -> float | None:
+    return None if row.found.kl is None else max(row.found.kl, SMALLEST_KL)
+
+
+def _milliseconds(row: Row) -> float | None:
+    return None if row.found.tpot_seconds is None else 1e3 * row.found.tpot_seconds
+
+
 METRICS = (
     Metric("accuracy", "accuracy, %", lambda row: 100 * row.found.accuracy if row.complete else None),
-    Metric("kl", "KL, nats per token", lambda row: row.found.kl and max(row.found.kl, SMALLEST_KL), log=True),
-    Metric("tpot", "ms per token", lambda row: row.found.tpot_seconds and 1e3 * row.found.tpot_seconds),
+    Metric("kl", "KL, nats per token", _kl, log=True),
+    Metric("tpot", "ms per token", _milliseconds),
 )
 
 

@@ -80,11 +80,12 @@ def findings(result: FrontierResult) -> Iterator[str]:
 def _chosen(result: FrontierResult, context: int, chosen: KvSettings | None) -> str:
     budget = result.budget
     within = f"within {size(budget.max_bytes)}" if budget.max_bytes else f"losing at most {budget.max_loss:.1%}"
+    if chosen is None and not budget.max_bytes and not result.at(context)[0].found.accuracy > 0:
+        return "nothing is chosen, as the reference is never right; ask for other --tasks, or name --max-bytes"
     if chosen is None:
         smallest = min(row.found.nbytes for row in result.at(context) if row.complete)
         return f"nothing is {within}; the smallest point measured takes {size(smallest)}"
     row = next(row for row in result.at(context) if row.point == chosen.point)
     loss = "" if row.loss is None else f", {row.loss:.1%} of the accuracy lost"
     said = f"{within}: {chosen.point.name}: {size(row.found.nbytes)}, {row.saved:.1%} saved{loss}"
-    runs = f"runtime: kv {chosen.kv}" + (f", chunks of {chosen.chunk}" if chosen.chunk else "")
-    return f"{said}; {runs}" + (f" ({chosen.note})" if chosen.note else "")
+    return f"{said}; runtime: {chosen.text}"

@@ -3,7 +3,8 @@
     saved = 1 - bytes / bytes of the reference         loss = 1 - accuracy / accuracy of the reference
 
 of the same context. The reference keeps weights and cache in 16 bit and reads prompts at once. Chosen is the most
-accurate point within a budget of bytes, or without one the smallest that loses at most so much.
+accurate point within a budget of bytes, or without one the smallest that loses at most so much; nothing is where the
+reference itself is never right.
 """
 
 from __future__ import annotations
@@ -78,6 +79,12 @@ class KvSettings:
     def caches(self) -> str | None:
         """What `export --kv` adds for it; None for nothing."""
         return None if self.kv == RUNTIME[0] else self.kv
+
+    @property
+    def text(self) -> str:
+        """What is run, and how that differs from what was measured."""
+        runs = f"kv {self.kv}" + (f", chunks of {self.chunk}" if self.chunk else "")
+        return f"{runs} ({self.note})" if self.note else runs
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -220,6 +227,8 @@ def choose(rows: Sequence[Row], budget: Budget) -> Iterator[KvSettings]:
         fit = complete(some)
         if budget.max_bytes is not None:
             best = pareto.within(fit, nbytes_of, accuracy_of, budget.max_bytes)
+        elif not some[0].accuracy > 0:
+            continue
         else:
             least = some[0].accuracy * (1 - budget.max_loss)
             best = pareto.cheapest(fit, nbytes_of, accuracy_of, least - 1e-12)

@@ -91,7 +91,7 @@ class Evaluated:
 
     point: Point
     memory: Memory
-    kl: float | None
+    kl: float | None = None
     scores: tuple[float, ...] = ()
     why: str = ""
     ttft_seconds: float | None = None
