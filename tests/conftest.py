@@ -46,6 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the imports made out of garbage collection: rlkit collects after each stage, 0.2 s with all of torch."""
+    """Keep what the imports made out of garbage collection: rlkit collects after each stage, which took 0.2 s."""
     gc.collect()
     gc.freeze()
