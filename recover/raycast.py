@@ -25,7 +25,7 @@ AMBIENT = np.float32(0.45)  # of light that comes from everywhere
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Surfaces:
-    """K rectangles and balls; infinite halves make a plane. A ball's axes lay its texture on it, its halves are unused."""
+    """K rectangles and balls; infinite halves make a plane. A ball's axes carry its texture."""
 
     centre: Floats  # (K, 3)
     axis_a: Floats  # (K, 3)
