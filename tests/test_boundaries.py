@@ -48,6 +48,7 @@ LIGHT_RECOVER = [
     "contents",
     "cores",
     "depthdata",
+    "depthfile",
     "depthfiles",
     "depthsample",
     "ggufheader",
