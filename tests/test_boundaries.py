@@ -32,6 +32,7 @@ HOME = {
     "uvicorn": "apps",
     "skimage": "profiles",
     "cv2": "profiles",
+    "ray": "profiles",
 }
 # Only inside functions: converting a checkpoint needs the GenAI builder, which needs torch; adapters' files are written
 # by the runtime that reads them.
