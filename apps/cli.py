@@ -69,6 +69,7 @@ COMMANDS = {
     "profile-models": Command(
         "rlkit.apps.profilemodels:profile_models", "Time real ONNX models here, for schedules.", "Know"
     ),
+    "schedule": Command("rlkit.apps.schedule:schedule", "Compare scheduling policies on a scenario.", "Know"),
     "report": Command("rlkit.apps.report:report", "Merge several machines' results into a table and a page.", "Know"),
 }
 

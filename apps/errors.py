@@ -21,6 +21,7 @@ EXTRAS = {
     "skimage": "depth",
     "cv2": "depth",
     "PIL": "depth",
+    "ray": "ray",
 }
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
