@@ -28,6 +28,7 @@ from rlkit.recover.source import Source, SourceKind
 from rlkit.runtime.thoughts import OPEN, opens_thought
 
 NO_TEMPLATE, NO_ROOM = "a model without a chat template", "a message that leaves no room for a reply"
+FLOAT32_PARAMETERS = 400_000_000  # as of recover/model.py, which needs torch
 MANNERS = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
 
 
@@ -65,7 +66,7 @@ class Candidate:
         if self.model.kind is SourceKind.BUNDLE:
             adapter = {} if self.adapter is None else {"adapter": self.adapter}
             return {"form": kind, "reference": _bare(self.model), "kv": self.ways.kv or "float", **adapter}
-        dtype = self.ways.dtype or ("float32" if self.ways.device == "cpu" else "as stored")
+        dtype = self.ways.dtype or ("as stored" if _large(self.model) else "float32")
         return {"form": kind, "reference": _bare(self.model), "device": self.ways.device, "dtype": dtype}
 
     @property
@@ -122,6 +123,11 @@ class Talk:
 
 def _tokens(tokens: Tokenizer, limit: int) -> taskask.Tokens:
     return taskask.Tokens(tokens.encode_special, limit, tokens.prefix)
+
+
+def _large(model: Source) -> bool:
+    """Whether a torch model is held in the type that it is stored in; checkpoints never are."""
+    return model.kind is not SourceKind.CHECKPOINT and source.read_shape(model).parameters > FLOAT32_PARAMETERS
 
 
 def candidates(

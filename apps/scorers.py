@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -127,7 +128,7 @@ def scorer_for(  # noqa: PLR0913, the ways of running a model
     """Open what `reference` names and judge with it.
 
     `workers` processes with a model each share the work, each with `threads`. `device` (cpu, cuda, auto, ...) and
-    `dtype` are for torch: unless told, small models compute in float32, others in the stored type (recover/model.py).
+    `dtype` are for torch: unless told, models up to 400 M parameters compute in float32, larger in the stored type.
     The cache `kv` (runtime/kv.py) and `adapter`, one in its folder, are for bundles. Raises FileNotFoundError or
     ValueError, one line with the remedy, for what cannot be opened and for choices that do not fit the model.
     """
@@ -263,6 +264,12 @@ def _special(tokenizer: Any, named: Any) -> int | None:
     return None if found is None else int(found)
 
 
+def _added(named: dict[str, Any]) -> str:
+    """What tokenizer_config.json says of tokens that are added to a text."""
+    kept = {key: value for key, value in named.items() if key.endswith("_token") or key.startswith("add_")}
+    return json.dumps(kept, sort_keys=True)
+
+
 def fingerprint(found: Source, computed: str, adapter: str | None = None) -> str:
     """Names a model's weights, graph and tokenizer, whatever its folder is called, and how it is computed."""
     if found.gguf_file:
@@ -278,4 +285,7 @@ def fingerprint(found: Source, computed: str, adapter: str | None = None) -> str
 
         files.append(adapter_file(found.path, adapter))
     parts = [f"{file.name} {sha256(file)}" for file in files]
+    beside = found.path / "tokenizer_config.json"
+    if beside.is_file() and not found.gguf_file:
+        parts.append(_added(source.read_json(beside)))
     return hashlib.sha256("\n".join([*parts, computed]).encode()).hexdigest()

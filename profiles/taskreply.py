@@ -2,8 +2,8 @@
 
     number  the first number in the line after the last "answer is", "answer:", "####" or "\\boxed"; after the line's
             last "=", if it has one. Without such words the last number of the reply, if it came to its end.
-    letter  the one after the last "answer is", "answer:" or "\\boxed"; else the one that the reply begins with; else
-            the only one that stands in it as "(B)", "B.", "B)", "option B" or "choice B".
+    letter  the one after the last "answer is", "answer:" or "\\boxed"; else the one that the reply begins with, if
+            no other begins a line; else the only one that stands in it as "(B)", "B.", "B)", "option B" or "choice B".
 
 Numbers are the same if their values are: 1,000.0 and $1000. A thought (<think>...</think>) is no part of a reply. A
 reply without an answer is wrong, and is counted: nobody should take a model that does not keep to the form for one that
@@ -27,6 +27,7 @@ NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 OPENING = r"[\s:*(\[{\"'$]*(?:\\\w+\{)*\(?"  # marks before a letter: bold, brackets, LaTeX
 NAMED = re.compile(rf"(?:(?i:answer(?:\s+is\b|\s*:))|\\boxed){OPENING}([A-J])\b")
 FIRST = re.compile(rf"{OPENING}([A-J])(?:[\s*)\]}}\"'$]*$|[).:,*\]\"']|\s*\n)")
+LISTED = re.compile(r"^[\s*(]*([A-J])[.):]", re.MULTILINE)  # the question's choices repeated are no answer
 MARKED = re.compile(r"\(([A-J])\)|\b([A-J])[.)](?=\s|$|\*)|(?i:option|choice)(?i:\s+is\b)?[\s:*(]*([A-J])\b")
 
 
@@ -86,7 +87,7 @@ def _letter(text: str, choices: int) -> str | None:
     if named:
         return str(named[-1])
     first = FIRST.match(text)
-    if first and first[1] in letters:
+    if first and first[1] in letters and set(LISTED.findall(text)) <= {first[1]}:
         return first[1]
     marked = {letter for found in MARKED.findall(text) for letter in found if letter} & set(letters)
     return marked.pop() if len(marked) == 1 else None

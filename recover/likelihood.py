@@ -244,6 +244,30 @@ def asks_of(pairs: Sequence[Pair], limit: int) -> list[Ask]:
     return asks
 
 
+def alike(lengths: Sequence[int], pass_ids: int) -> list[list[int]]:
+    """Numbers of rows in groups to read in one pass each, padded, so that ids and padding cost least, longest first.
+
+    A pass costs as much as `pass_ids` ids beside those it reads. Rows of one length stay together, so the best cuts of
+    the sorted lengths are found by trying all.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True)
+    starts = [at for at in range(len(order)) if not at or lengths[order[at]] != lengths[order[at - 1]]]
+    best: list[tuple[float, int]] = [(0.0, 0)]  # of the rows up to each start: their cost, where the last group begins
+    for end in [*starts[1:], len(order)]:
+        costs = (
+            (best[number][0] + pass_ids + (end - start) * lengths[order[start]], start)
+            for number, start in enumerate(starts[: len(best)])
+        )
+        best.append(min(costs, default=(0.0, 0)))
+    groups, end = list[list[int]](), len(order)
+    places = {start: number for number, start in enumerate([*starts, len(order)])}
+    while end:
+        start = best[places[end]][1]
+        groups.append(order[start:end])
+        end = start
+    return groups[::-1]
+
+
 def _portions(places: Sequence[_Place], most: int) -> Iterator[list[_Place]]:
     """Places by length, in portions of at most `most` ids when padded, and at least one; the longest first."""
     ordered = sorted(places, key=lambda place: place.length + len(place.ids))

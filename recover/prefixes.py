@@ -16,7 +16,7 @@ from itertools import pairwise
 
 LEAST_SHARED = 4  # tokens; a shorter beginning is not worth a pass
 LEVELS = 32  # of nodes below each other; what more there is to share is read again
-PASS_TOKENS = 4  # what a pass costs beside its tokens, in tokens: reading the weights
+PASS_TOKENS = 3  # what a pass costs beside its tokens, in tokens: reading the weights
 
 Ids = tuple[int, ...]
 

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part
+from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part, alike
 from rlkit.recover.source import Source
 
 CPU_IDS = 512  # of one pass; more gain nothing there, and logits over a vocabulary of 150,000 take 314 MB
 DEVICE_IDS = 16384
+CPU_PASS, DEVICE_PASS = 6, 4096  # what a pass costs beside its ids, in ids: reading the weights, starting kernels
 LOGITS_NBYTES = 2**30  # of one pass on a device
 CPU_REPLIES, DEVICE_REPLIES = 8, 32  # written at a time: the weights are read once for all of them
 
@@ -38,6 +39,7 @@ class TorchReader:
         vocab = int(model.config.get_text_config().vocab_size)
         roomy = max(256, LOGITS_NBYTES // (4 * vocab))
         self.max_ids = CPU_IDS if self._device.type == "cpu" else min(DEVICE_IDS, roomy)
+        self._pass_ids = CPU_PASS if self._device.type == "cpu" else DEVICE_PASS
         self.switch = switch_of(model.config.get_text_config())
         self._places: list[tuple[int, int]] = []  # of each layer's keys and values: the group and the number in it
         self._partly = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -50,8 +52,9 @@ class TorchReader:
         for number, part in enumerate(parts):
             if len(part.ids) > most:
                 yield number, self._long(part)
-        if together:
-            yield from zip(together, self._pass([parts[number] for number in together]), strict=True)
+        for group in alike([len(parts[number].ids) for number in together], self._pass_ids):
+            some = [together[at] for at in group]
+            yield from zip(some, self._pass([parts[number] for number in some]), strict=True)
 
     def cut(self, past: Past, length: int) -> Past:
         """The memory of the first `length` tokens."""

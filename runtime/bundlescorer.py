@@ -3,7 +3,8 @@
 Parts with nothing before them are read several at a time, padded on the right: attention is causal. What follows a
 memory is read by itself, since the attention kernel for the CPU takes one such row only; its cost is that of its
 tokens, and those are few. Where nothing but a part's last token is judged, the graph that generates reads it, if it is
-open too: it leaves out the product with lm_head for all other tokens.
+open too: it leaves out the product with lm_head for all other tokens. It reads long beginnings that nothing is judged
+in as well.
 
 Kernels with integer activations round otherwise for a single token, and for the last of 129: products of matrices go by
 blocks of 128 rows, and a block of one has a kernel of its own. Such passes get one more token, which nothing sees, so
@@ -18,13 +19,15 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part
+from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part, alike
+from rlkit.recover.prefixes import PASS_TOKENS
 from rlkit.recover.scorerpool import ScorerPool
 from rlkit.runtime.folder import graph_nbytes, read_bundle, threads_here
 from rlkit.runtime.kv import check
@@ -34,6 +37,7 @@ from rlkit.runtime.session import Session, open_bundle
 
 PASS_IDS = 512  # of one pass: their logits over a vocabulary of 150,000 take 314 MB
 LEAN_NBYTES = 2**30  # a graph of more is not opened a second time
+UNJUDGED = 64  # ids; so long a beginning costs more with the product with lm_head than in a pass of its own
 BLOCK = 128  # rows of a matrix that the runtime's kernels take at a time
 
 Past = Mapping[str, NDArray[Any]]
@@ -63,12 +67,14 @@ class BundleReader:
         together: list[int] = []
         for number, part in enumerate(parts):
             last = part.positions.tolist() in ([], [len(part.ids) - 1])
-            if part.past is not None or (self._lean is not None and last) or len(part.ids) > PASS_IDS:
+            lean = self._lean is not None and (last or part.positions[0] >= UNJUDGED)
+            if part.past is not None or lean or len(part.ids) > PASS_IDS:
                 yield number, self._single(part)
             else:
                 together.append(number)
-        if together:
-            yield from zip(together, self._padded([parts[number] for number in together]), strict=True)
+        for group in alike([len(parts[number].ids) for number in together], PASS_TOKENS):
+            some = [together[at] for at in group]
+            yield from zip(some, self._padded([parts[number] for number in some]), strict=True)
 
     def cut(self, past: Past, length: int) -> Past:
         """The memory of the first `length` tokens."""
@@ -78,14 +84,23 @@ class BundleReader:
         """Read one part, `PASS_IDS` at a time unless it must be read whole."""
         past: Past = part.past or {}
         kept: list[NDArray[np.float32]] = []
-        step = PASS_IDS if self.switch is None or len(part.ids) <= self.switch else len(part.ids)
-        for start in range(0, len(part.ids), step):
-            ids = part.ids[start : start + step]
-            wanted = part.positions[(part.positions >= start) & (part.positions < start + len(ids))] - start
-            more = part.keep or start + step < len(part.ids)
+        for start, end in self._cuts(part):
+            ids = part.ids[start:end]
+            wanted = part.positions[(part.positions >= start) & (part.positions < end)] - start
+            more = part.keep or end < len(part.ids)
             logits, past = self._run(ids[None], past, wanted, more)
             kept.append(logits)
         return Outcome(np.concatenate(kept), past if part.keep else None)
+
+    def _cuts(self, part: Part) -> list[tuple[int, int]]:
+        """Where to read a part piece by piece: a long beginning that nothing is judged in is left to the lean graph."""
+        length = len(part.ids)
+        if self.switch is not None and part.past_length + length > self.switch:
+            return [(0, length)]
+        first = int(part.positions[0]) if len(part.positions) else 0
+        split = first if self._lean is not None and UNJUDGED <= first < length - 1 else 0
+        starts = [*range(0, split, PASS_IDS), *range(split, length, PASS_IDS)]
+        return list(pairwise([*starts, length]))
 
     def _run(
         self, ids: NDArray[np.int64], past: Past, wanted: NDArray[np.int64], more: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,27 @@ def test_long_rows_are_read_piece_by_piece(bundle: Path, monkeypatch: pytest.Mon
     pairs = [*items(2), ([7] * 3, list(range(3, 103)))]
     with BundleScorer(bundle, threads=1) as scorer:
         assert_same(scorer.score(pairs), plainly(bundle, pairs))
+
+
+def test_long_beginnings_without_a_judged_token_are_read_without_lm_head(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundlescorer, "UNJUDGED", 20)
+    read: list[tuple[bool, int]] = []
+    outputs = Plain.outputs
+
+    def noted(self: Plain, names: list[str], ids: Any, *more: Any) -> Any:
+        found = outputs(self, names, ids, *more)
+        read.append((found[0].shape[1] == ids.shape[1], ids.shape[1]))
+        return found
+
+    pairs: list[Pair] = [([7 + n * n % 400 for n in range(50)], [9, 8, 7]), ([5] * 10, [9, 8, 7])]
+    with BundleScorer(bundle, threads=1) as scorer:
+        monkeypatch.setattr(Plain, "outputs", noted)
+        found = scorer.score(pairs)
+    assert sorted(read) == [(False, 49), (True, 3), (True, 12)]
+    monkeypatch.undo()
+    assert_same(found, plainly(bundle, pairs))
 
 
 @pytest.mark.parametrize("kv", ["int8", "int4"])

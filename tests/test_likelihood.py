@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 import families
 import tiny
-from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part, asks_of
+from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part, alike, asks_of
 from rlkit.recover.prefixes import LEVELS, Ask, Node, common, tree
 from rlkit.recover.torchscorer import placed, torch_scorer
 
@@ -250,3 +251,23 @@ def test_a_model_is_put_on_a_device_in_a_type() -> None:
         placed(model, "nowhere")
     with pytest.raises(ValueError, match="dtype 'int8' is no type of weights"):
         placed(model, "cpu", "int8")
+
+
+def test_rows_of_about_one_length_are_read_together() -> None:
+    def cost(groups: list[list[int]], lengths: list[int], pass_ids: int) -> int:
+        return sum(pass_ids + len(group) * max(lengths[number] for number in group) for group in groups)
+
+    rng = random.Random(0)
+    for _ in range(40):
+        lengths, pass_ids = [rng.randint(1, 12) for _ in range(rng.randint(1, 8))], rng.choice([0, 3, 10])
+        found = alike(lengths, pass_ids)
+        assert sorted(number for group in found for number in group) == list(range(len(lengths)))
+        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+        ways = (
+            [order[start:end] for start, end in pairwise([0, *cuts, len(order)])]
+            for size in range(len(order))
+            for cuts in combinations(range(1, len(order)), size)
+        )
+        assert cost(found, lengths, pass_ids) == min(cost(way, lengths, pass_ids) for way in ways)
+    assert alike([], 3) == []
+    assert [sorted(group) for group in alike([5, 30, 5, 9], 3)] == [[1], [3], [0, 2]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,13 @@ def test_facts(forms: dict[str, Path], tmp_path: Path) -> None:
         with scorer_for(tmp_path / "again", dtype=dtype) as judge:
             assert (judge.facts.fingerprint == facts["hf"].fingerprint) is same
     assert judge.facts.to_json()["dtype"] == "bfloat16"
+    beside = tmp_path / "again" / "tokenizer_config.json"
+    config = json.loads(beside.read_text())
+    for name, start, same in (("model_max_length", 1, True), ("bos_token", 2, False)):
+        beside.write_text(json.dumps({key: value for key, value in config.items() if key != name}))
+        with scorer_for(tmp_path / "again") as judge:
+            assert judge.tokens.prefix == start  # items without context begin with another token
+            assert (judge.facts.fingerprint == facts["hf"].fingerprint) is same
 
 
 @pytest.mark.parametrize(
