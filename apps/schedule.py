@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json as jsons
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from rlkit.apps import console, schedulerun
 from rlkit.apps.schedulerun import ALL, Asked, Where
+from rlkit.profiles.device import HERE
 from rlkit.profiles.scheduling import comparison, explore, vary
 from rlkit.profiles.scheduling.comparison import Comparison
 from rlkit.profiles.scheduling.explore import Explored, Space
@@ -48,6 +48,10 @@ def schedule(  # noqa: PLR0913, one parameter per option of the command
     validate: Annotated[
         bool, typer.Option("--validate", help="Run it for real on this machine, and compare with the simulation.")
     ] = False,
+    bundle: Annotated[
+        list[str] | None,
+        typer.Option(help="With --validate: [NAME=]FOLDER, the language models; NAME=FILE.onnx for what is no asset."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with charts: FILE.html.")] = None,
@@ -59,10 +63,12 @@ def schedule(  # noqa: PLR0913, one parameter per option of the command
 ) -> None:
     """Compare scheduling policies on a scenario and a device: missed deadlines, latencies, use of the units.
 
-    Nothing runs but a simulator; costs are forecast for the device, or measured with rlkit profile-models. What was
-    simulated is kept, so an interrupted sweep goes on.
+    Nothing runs but a simulator, unless told to --validate; costs are forecast for the device, or measured with rlkit
+    profile-models. What was simulated is kept, so an interrupted sweep goes on.
 
     Example: rlkit schedule gaming --device hx370 --html gaming.html
+
+    Example: rlkit schedule laptop-call --validate --bundle ./bundle --policies fcfs,edf --seeds 1
 
     Example: rlkit schedule video-conferencing --device max395 --explore --rates 1,1.5,2 --policies edf,lookahead
     """
@@ -86,7 +92,7 @@ def schedule(  # noqa: PLR0913, one parameter per option of the command
     if dry_run:
         _show_plan(asked, space, json=json)
     elif validate:
-        _validate(asked, json=json, output=output)
+        _validate(asked, space, bundle or [], files, json=json)
     elif space.swept:
         with console.progress(quiet=json) as tell:
             found = schedulerun.swept(asked, space, tell)
@@ -188,6 +194,20 @@ def _show_plan(asked: Asked, space: Space, *, json: bool) -> None:
     _say([*prepared.notes, *prepared.skipped])
 
 
-def _validate(asked: Asked, *, json: bool, output: Path | None) -> None:
+def _validate(asked: Asked, space: Space, bundles: list[str], files: _Files, *, json: bool) -> None:
     """Real execution lives in a module of its own, which brings ONNX sessions."""
-    importlib.import_module("rlkit.apps.schedulevalidate").validate(asked, json=json, output=output)
+    from rlkit.apps import schedulevalidate
+
+    if asked.where.device not in (None, HERE) or space.swept or files.html is not None:
+        raise ValueError("--validate runs on this machine: leave away --device, --explore, several --rates and --html")
+    schedulevalidate.validate(
+        vary.faster(asked.scenario, space.factors[0]),
+        asked.names,
+        seeds=range(asked.seeds),
+        bundles=bundles,
+        profile=asked.where.profile,
+        units=asked.where.units,
+        json=json,
+        output=files.output,
+        traced=files.trace,
+    )

@@ -10,7 +10,8 @@ execute    the same workload under the same policy, by the clock
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,9 @@ def validate(  # noqa: PLR0913, one parameter per option of the command
     file that is read, and gets what it lacks. `units`: NAME=PROVIDER:THREADS with commas, halves of the processors
     unless told. Raises FileNotFoundError or ValueError in one line, for a profile of another machine as well.
     """
+    if not json:
+        real = len(policies) * len(seeds) * scenario.duration / 1e9
+        console.say(f"policies: {len(policies)}, seeds: {len(seeds)}; real runs take {console.duration(real)}")
     with console.progress(quiet=json) as tell:
         ground = prepared_ground(scenario, bundles, profile, units, tell)
         found, runs = validated(ground, policies, seeds, tell)
@@ -176,7 +180,8 @@ def _subjects(scenario: Scenario, bundles: Sequence[str]) -> dict[str, Subject]:
         except ValueError as error:
             raise ValueError(f"{scenario.where}: {key}.model: {error}; give --bundle {model}=FILE") from error
         if (found[model].kind == LANGUAGE) != (model in language):
-            raise ValueError(f"{scenario.where}: {key}.model: {given.get(model, model)} is a {found[model].kind} model")
+            what = "a bundle folder" if model in language else "an .onnx file"
+            raise ValueError(f"{scenario.where}: {key}.model = {model!r}: {given[model]} is not {what}; give one")
     return found
 
 
@@ -189,15 +194,19 @@ def _plan(scenario: Scenario, chosen: Sequence[Part]) -> profilerun.Plan:
 
 
 def validated(
-    ground: Ground, policies: Sequence[str], seeds: Sequence[int], tell: Tell, seconds: float = REHEARSAL_SECONDS
+    ground: Ground,
+    policies: Sequence[str],
+    seeds: Sequence[int],
+    tell: Tell,
+    seconds: float = REHEARSAL_SECONDS,
+    machine: Callable[[Ground], AbstractContextManager[tuple[Threads, RealWork]]] | None = None,
 ) -> tuple[Validation, list[Run]]:
-    """Rehearse, then simulate and execute every policy and seed; also the runs, simulated and real in turn."""
+    """Rehearse, then simulate and execute every policy and seed; also the runs, simulated and real in turn.
+
+    `machine` opens the workers and the work; this one's threads and sessions unless told.
+    """
     base = ground.prepared.base
-    models = [_model(ground.subjects[stream.model]) for stream in base.streams]
-    with contextlib.ExitStack() as stack:
-        crew = stack.enter_context(Threads([place.processors for place in ground.places]))
-        work = RealWork(ground.places, models, {})
-        stack.callback(work.close)
+    with (machine or _machine)(ground) as (crew, work):
         total = len(policies) * len(seeds)
         tell(Progress("rehearse", 0, 1))
         work.open(crew, [stream.options for stream in base.streams])
@@ -219,6 +228,17 @@ def validated(
             runs += [simulated, record]
         tell(Progress("run", total, total))
     return tuned.validation(cases), runs
+
+
+@contextlib.contextmanager
+def _machine(ground: Ground) -> Iterator[tuple[Threads, RealWork]]:
+    models = [_model(ground.subjects[stream.model]) for stream in ground.prepared.base.streams]
+    work = RealWork(ground.places, models, {})
+    try:
+        with Threads([place.processors for place in ground.places]) as crew:
+            yield crew, work
+    finally:
+        work.close()  # when no step runs any more
 
 
 def _model(subject: Subject) -> Model:
