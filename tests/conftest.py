@@ -25,6 +25,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 MOST_PROCESSES = 4  # with torch in it, one takes more than 1 GB
 LONGEST = ("test_real_model.py", "test_recovery.py")  # begin with these, else they run on alone
 
+gc.disable()  # until the tests run: next to nothing of what imports and the search for tests make is garbage
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -45,7 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
-def pytest_collection_finish() -> None:
-    """Keep what the imports made out of garbage collection: rlkit collects after each stage, which took 0.2 s."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Leave what the imports made out of garbage collection: rlkit collects after each stage, which took 0.2 s."""
     gc.collect()
     gc.freeze()
+    gc.enable()
