@@ -17,17 +17,18 @@ from typing import Annotated, Any
 
 import typer
 
-from rlkit.apps import console, heldout, kvweights
+from rlkit.apps import console, heldout, kvanalytic, kvspread, kvweights
 from rlkit.apps.kvpoints import Bench, Setup
+from rlkit.apps.kvspread import Where
 from rlkit.apps.kvweights import Weights
 from rlkit.profiles import tasks as benchmarks
 from rlkit.profiles.frontier import render, result, search
 from rlkit.profiles.frontier import space as spaces
 from rlkit.profiles.frontier.identity import identity_of
 from rlkit.profiles.frontier.result import Budget, FrontierResult
-from rlkit.profiles.frontier.search import Run, Totals
+from rlkit.profiles.frontier.search import Totals
 from rlkit.profiles.frontier.space import FLOAT, LONG, Point, Space
-from rlkit.profiles.frontier.store import Store, kept
+from rlkit.profiles.frontier.store import Store
 from rlkit.recover import assets, cache, source
 from rlkit.recover.atomic import refuse_existing, write_text
 from rlkit.recover.source import ModelShape, Source, SourceKind
@@ -79,6 +80,13 @@ def frontier(  # noqa: PLR0913, one parameter per option of the command
         typer.Option("--output", "-o", help="Write the result here, for --kv-from; else into the cache folder."),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with an interactive plot: FILE.html.")] = None,
+    analytic: Annotated[
+        bool, typer.Option("--analytic", help="Reckon memory from a config.json or a known name; no weights, no run.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that measure, with a model each.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Measure on a Ray cluster: auto, HOST:PORT, or local for --workers here.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the points and what they cost, and stop.")] = False,
 ) -> None:
@@ -91,23 +99,29 @@ def frontier(  # noqa: PLR0913, one parameter per option of the command
     Example: rlkit kv smollm2-135m --weights float,w4 --contexts 1024,4096 -o kv.json --html kv.html
 
     Example: rlkit kv ./bundle --max-bytes 400000000
+
+    Example: rlkit kv published --analytic --contexts 10k..128k
     """
     given = {
         "weights": _words(weights),
         "kv": _words(kv),
         "groups": _numbers("--groups", groups),
         "chunks": None if chunks is None else tuple(map(spaces.chunk_of, _words(chunks) or ())),
-        "contexts": _numbers("--contexts", contexts),
+        "contexts": None if contexts is None else kvanalytic.contexts_of(contexts),
         "tasks": _words(tasks),
         "items": items,
     }
     _check_files(output, html, force=force)
-    budget = Budget(max_bytes, max_loss / 100)
+    budget, where = Budget(max_bytes, max_loss / 100), Where(workers, ray)
+    if analytic:
+        kvanalytic.refuse({"--tasks": tasks, "--items": items, "--grid": grid, "--dry-run": dry_run})
+        kvanalytic.refuse({"--workers": workers != 1, "--ray": ray, "--device": device != "cpu", "--dtype": dtype})
+        kvanalytic.show(model, _told_space(space, given), max_bytes, kvanalytic.Files(output, html, json))
+        return
     heldout.find_text(text)
     with console.progress(quiet=json) as tell:
         found = source.resolve(model, download=model in assets.registry() and not dry_run, tell=tell)
-        told = {} if space is None else spaces.read(space)
-        told |= {key: value for key, value in given.items() if value is not None}
+        told = _told_space(space, given)
         named = kvweights.find(found, told.get("weights", (FLOAT,)), tell, download=not dry_run)
         wanted = _planned(found, told, named)
         points = wanted.points()
@@ -119,13 +133,20 @@ def frontier(  # noqa: PLR0913, one parameter per option of the command
         named = [kvweights.make(found, one, tell) for one in named]
         setup = _setup(wanted, named, text, seed, (device, dtype, threads))
         bench = Bench(setup, tell)
-        run, totals = _run(bench), bench.totals(wanted.contexts)
-        searched = (search.grid if grid else search.halving)(points, totals, run, tell)
+        totals = bench.totals(wanted.contexts)
+        with kvspread.measuring(bench, Store(_folder() / "points", bench.identify), where) as run:
+            searched = (search.grid if grid else search.halving)(points, totals, run, tell)
     made = _result(found, wanted, bench, searched, budget)
     path = output or _place(found, made)
     _finish(made, path, html, json=json)
     if not json:
         _say_next(made, setup, path)
+
+
+def _told_space(space: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """A space file's values, and options before them."""
+    told = {} if space is None else spaces.read(space)
+    return told | {key: value for key, value in given.items() if value is not None}
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:
@@ -206,12 +227,6 @@ def _setup(
 
 def _folder() -> Path:
     return cache.cache_folder() / "kv"
-
-
-def _run(bench: Bench) -> Run:
-    """What does the jobs: here, one after the other, but for what is kept."""
-    store = Store(_folder() / "points", bench.identify)
-    return search.one_by_one(kept(bench.measure, store))
 
 
 def _result(model: Source, wanted: Space, bench: Bench, found: search.Found, budget: Budget) -> FrontierResult:

@@ -19,8 +19,9 @@ absent. It is written by the process that asks, so a cluster needs no common dis
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,6 +30,8 @@ from rlkit.profiles.crew import Do, Opening, Processes, Rays
 from rlkit.recover.atomic import write_json
 from rlkit.recover.progress import Progress, Tell
 from rlkit.recover.source import read_json
+
+__all__ = ["Do", "Farm", "Folder", "Opening", "Store", "Team", "check", "in_order", "kept", "team", "told"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,11 +78,15 @@ def team(opening: Opening, workers: int = 1, ray: str | None = None) -> Iterator
 
 
 def check(workers: int, ray: str | None) -> None:
-    """Raise ValueError for a number of workers or an address that is none."""
+    """Raise ValueError for a number of workers or an address that is none, ImportError where ray is missing."""
     if not 1 <= workers <= MOST_WORKERS:
         raise ValueError(f"{workers} workers are not 1 to {MOST_WORKERS}; give one for each core or two")
-    if ray is not None and not ADDRESS.fullmatch(ray):
+    if ray is None:
+        return
+    if not ADDRESS.fullmatch(ray):
         raise ValueError(f"Ray address {ray!r} must be auto, local, HOST:PORT or ray://HOST:PORT")
+    if importlib.util.find_spec("ray") is None:
+        raise ModuleNotFoundError("No module named 'ray'", name="ray")
 
 
 class _Here:
@@ -101,8 +108,9 @@ class _Here:
 class Store(Protocol[Task, R]):
     """Results by key."""
 
-    def key(self, task: Task) -> str:
-        """What all that decides a task's result is known by."""
+    @property
+    def identify(self) -> Callable[[Any], str]:
+        """Makes keys."""
 
     def read(self, task: Task) -> R | None:
         """What is known; None for nothing."""
@@ -118,13 +126,9 @@ class Folder:
     folder: Path
     identify: Callable[[Any], str]
 
-    def key(self, task: Any) -> str:
-        """By which a task's result is known."""
-        return self.identify(task)
-
     def path(self, task: Any) -> Path:
         """A task's file."""
-        key = self.key(task)
+        key = self.identify(task)
         return self.folder / key[:2] / f"{key}.json"
 
     def read(self, task: Any) -> Any:
@@ -148,7 +152,7 @@ def kept(farm: Farm[T, R], store: Store[T, R]) -> Farm[T, R]:
     def farmed(tasks: Sequence[T]) -> Iterator[tuple[int, R]]:
         alike: dict[str, list[int]] = {}
         for number, task in enumerate(tasks):
-            alike.setdefault(store.key(task), []).append(number)
+            alike.setdefault(store.identify(task), []).append(number)
         asked: list[list[int]] = []
         for numbers in alike.values():
             known = store.read(tasks[numbers[0]])
@@ -163,10 +167,10 @@ def kept(farm: Farm[T, R], store: Store[T, R]) -> Farm[T, R]:
     return farmed
 
 
-def in_order(farm: Farm[T, R]) -> Callable[[Sequence[T]], Iterator[R]]:
+def in_order(farm: Farm[T, R]) -> Callable[[Sequence[T]], Generator[R, None, None]]:
     """Results alone, in the order of the tasks."""
 
-    def ordered(tasks: Sequence[T]) -> Iterator[R]:
+    def ordered(tasks: Sequence[T]) -> Generator[R, None, None]:
         early: dict[int, R] = {}
         following = 0
         for number, found in farm(tasks):
