@@ -198,7 +198,7 @@ def validated(
     policies: Sequence[str],
     seeds: Sequence[int],
     tell: Tell,
-    seconds: float = REHEARSAL_SECONDS,
+    seconds: float | None = None,
     machine: Callable[[Ground], AbstractContextManager[tuple[Threads, RealWork]]] | None = None,
 ) -> tuple[Validation, list[Run]]:
     """Rehearse, then simulate and execute every policy and seed; also the runs, simulated and real in turn.
@@ -210,7 +210,7 @@ def validated(
         total = len(policies) * len(seeds)
         tell(Progress("rehearse", 0, 1))
         work.open(crew, [stream.options for stream in base.streams])
-        heard = rehearse.rehearse(crew, _acts(ground, work), seconds)
+        heard = rehearse.rehearse(crew, _acts(ground, work), REHEARSAL_SECONDS if seconds is None else seconds)
         tell(Progress("rehearse", 1, 1))
         tuned = Tuned(ground, heard)
         cases, runs = list[Case](), list[Run]()

@@ -7,6 +7,7 @@ of Python's lock; what Python does between steps is short, and the lock is hande
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -70,12 +71,10 @@ class Threads:
         """What has finished, in order of time; waits for the first one, until `until` at the latest."""
         found: list[Finish] = []
         seconds = (until - self.now()) / 1e9
-        try:
+        with contextlib.suppress(Empty):
             found.append(self._done.get(timeout=seconds) if seconds > 0 else self._done.get_nowait())
             while True:
                 found.append(self._done.get_nowait())
-        except Empty:
-            pass
         self._busy -= len(found)
         return sorted(found, key=lambda finish: finish.at)
 
