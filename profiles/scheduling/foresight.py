@@ -19,13 +19,14 @@ from typing import NamedTuple, Optional
 
 from rlkit.profiles.scheduling.contention import rates
 
-__all__ = ["ENDLESS", "Claim", "Mode", "Play", "Style", "Ways", "World", "frame_number"]
+__all__ = ["ENDLESS", "REQUEST", "TOKEN", "Claim", "Mode", "Play", "Style", "Ways", "World", "frame_number"]
 
 ENDLESS = float(1 << 62)
 REMEMBERED = 20_000  # sets of demands whose speeds are kept
 NS_PER_MS = 1e6
+REQUEST, TOKEN = 1.0, 0.2  # violations: weight of a first token, of a further one
 PRESSURE = 0.3  # of a violation: a prompt that needs all the time it has
-PROGRESS = 0.01  # of a token's weight: what a token is worth beyond its target
+PROGRESS = 0.1  # of a token's weight: what a token is worth beyond its target
 BACKLOG = 1e-5  # violations per ms of work left at the end: between equals, what is done sooner
 
 Ways = tuple[tuple[int, float, float], ...]  # of a step: (unit, ns with setup, demand)
@@ -46,6 +47,8 @@ class Mode(NamedTuple):
     chunk: Ways
     token: Ways  # () = not known yet
     target: float  # ns per token
+    patience: float  # ns: so much lateness costs another violation
+    variant: str = ""
 
 
 class Claim(NamedTuple):
@@ -92,10 +95,12 @@ class World:
 
 
 class Play:
-    """One future. Give it what runs (`hold`), then perhaps a first `start` or a `bar`, then `run` it."""
+    """One future. Give it what runs (`hold`, `settle`), then perhaps a first `start`, then `run` it."""
 
     __slots__ = (
+        "arrivals",
         "begun",
+        "coming",
         "cost",
         "demands",
         "first",
@@ -104,6 +109,7 @@ class Play:
         "last",
         "lost",
         "now",
+        "place",
         "speeds",
         "style",
         "until",
@@ -119,6 +125,9 @@ class Play:
         self.world = world
         self.now = self.begun = now
         self.waiting = waiting
+        self.coming: list[Claim] = []
+        self.arrivals: list[float] = [ENDLESS]
+        self.place = 0  # in what is coming
         self.cost = 0.0
         self.lost: list[int] = []  # numbers of what is violated
         self.idle = units
@@ -136,11 +145,6 @@ class Play:
     def settle(self) -> None:
         """Everything that runs is held."""
         self.speeds = self.world.speeds(self.demands)
-
-    def bar(self, unit: int, until: float) -> None:
-        """Leave an idle unit idle up to a time."""
-        self.until[unit] = until
-        self.idle -= 1
 
     def start(self, claim: Claim, unit: int, ns: float, demand: float) -> None:
         """Run a claim's step on an idle unit from now on."""
@@ -168,12 +172,12 @@ class Play:
 
         `coming[i]` comes at `arrivals[i]`, in order of time; one more time is after the end.
         """
-        place, until, waiting = 0, self.until, self.waiting
-        arrival = arrivals[0]
+        self.coming, self.arrivals, self.place = coming, arrivals, 0
+        until, waiting = self.until, self.waiting
         while True:
             if self.idle and waiting:
                 self.serve()
-            soonest = min(until)
+            soonest, arrival = min(until), arrivals[self.place]
             now = min(soonest, arrival)
             if now > end:
                 self.now = end
@@ -184,10 +188,9 @@ class Play:
             self.now = now
             if soonest <= now:
                 self._finish(until.index(soonest))
-            while arrival <= now:
-                insort(waiting, coming[place])
-                place += 1
-                arrival = arrivals[place]
+            while arrivals[self.place] <= now:
+                insort(waiting, coming[self.place])
+                self.place += 1
         return self.cost
 
     def serve(self) -> None:
@@ -207,6 +210,8 @@ class Play:
                     del waiting[place]
                 else:
                     place += 1
+            elif claim.mode is not None and self._breaks(claim, claim.mode, unit, finish, free):
+                place += 1
             elif free[unit] <= now and held[unit] is None:
                 del waiting[place]
                 if self.first is None and now == self.begun:
@@ -216,6 +221,21 @@ class Play:
             else:
                 free[unit], last[unit] = finish, claim.stream
                 place += 1
+
+    def _breaks(self, claim: Claim, mode: Mode, unit: int, finish: float, free: list[float]) -> bool:
+        """Whether a token could wait and would make a frame late that comes before it is done."""
+        if mode.left >= 0 or claim.weight * (1.0 + (self.now - claim.deadline) / mode.target) >= 1.0:
+            return False
+        place = self.place
+        while (arrival := self.arrivals[place]) < finish:
+            frame = self.coming[place]
+            for other, ns, _ in frame.ways:
+                if max(arrival, finish if other == unit else free[other]) + ns <= frame.deadline:
+                    break
+            else:
+                return True
+            place += 1
+        return False
 
     def _where(self, claim: Claim, free: list[float], last: list[int]) -> tuple[int, float, float, float]:
         """(unit, ns with the switch, demand, finish) of the way to run a step; `last` as it will be by then."""
@@ -268,14 +288,13 @@ class Play:
                 ways = tuple((unit, ns * mode.left, demand) for unit, ns, demand in ways)
             insort(self.waiting, claim._replace(ways=ways, mode=mode._replace(left=left)))
             return
-        self.cost -= claim.weight * PROGRESS
+        self.cost -= claim.weight * PROGRESS if mode.left < 0 else 0.0
         if now > claim.deadline:
-            self._lose(claim, 1.0 + (now - claim.deadline) / mode.target)
+            self._lose(claim, 1.0 + (now - claim.deadline) / mode.patience)
         if mode.token:
             due = (claim.deadline if mode.left < 0 else now) + mode.target
-            insort(
-                self.waiting, claim._replace(order=due, deadline=due, ways=mode.token, mode=mode._replace(left=-1.0))
-            )
+            on = mode._replace(left=-1.0, patience=mode.target)
+            insort(self.waiting, claim._replace(order=due, deadline=due, ways=mode.token, weight=TOKEN, mode=on))
 
     def _lose(self, claim: Claim, times: float) -> None:
         self.cost += claim.weight * times
@@ -304,6 +323,6 @@ class Play:
         if mode.left > 0:
             finish += mode.left * mode.chunk[0][1]
         if finish > deadline:
-            self._lose(claim, 1.0 + (finish - deadline) / mode.target)
+            self._lose(claim, 1.0 + (finish - deadline) / mode.patience)
         elif mode.left >= 0:
             self.cost += claim.weight * PRESSURE * ((finish - self.now) / max(deadline - self.now, 1.0)) ** 2

@@ -94,14 +94,16 @@ class Habits:
     def _see_ends(self, state: State) -> list[Job]:
         """Frames that ran when last looked at and do no more."""
         ended = []
-        units = state.units
-        before = self._running or [None] * len(units)
-        for job, unit in zip(before, units, strict=True):
+        for job, unit in zip(self._running, state.units, strict=False):
             if job is not None and unit.running is not job and job.kind == Kind.FRAME:
                 ended.append(job)
                 self._ended[job.stream] += 1
-        self._running = [unit.running for unit in units]
+        self._running = [unit.running for unit in state.units]
         return ended
+
+    def started(self, job: Job, unit: int) -> None:
+        """A step begins."""
+        self._running[unit] = job
 
     def _witness(self, job: Job, ended: list[Job]) -> None:
         """A frame that came later than its time: as the frame of the same number of another stream ended?"""
@@ -178,8 +180,9 @@ class Habits:
         for arrival, stream, deadline, options in self._coming[place : place + most]:
             if arrival > end:
                 break
-            if stream not in self._parents:
-                claims.append(self.frame(stream, deadline, self.ways(stream, options)))
+            ways = self.ways(stream, options)
+            if stream not in self._parents and arrival + ways[0][1] <= deadline:  # nobody can serve the rest in time
+                claims.append(self.frame(stream, deadline, ways))
                 times.append(arrival)
         times.append(ENDLESS)
         return claims, times

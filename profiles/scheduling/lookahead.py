@@ -18,10 +18,21 @@ long answers are. Decisions are bounded: so many frames ahead, so many futures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
 from typing import NamedTuple
 
-from rlkit.profiles.scheduling.foresight import ENDLESS, Claim, Mode, Play, Style, Ways, World, frame_number
+from rlkit.profiles.scheduling.foresight import (
+    ENDLESS,
+    REQUEST,
+    TOKEN,
+    Claim,
+    Mode,
+    Play,
+    Style,
+    Ways,
+    World,
+    frame_number,
+)
 from rlkit.profiles.scheduling.habits import Habits, ways_of
 from rlkit.runtime.jobs import Decision, Drop, Job, Kind, Option, Start, State, Wake
 
@@ -34,7 +45,6 @@ CLAIMS = 6  # jobs of which alternatives are played
 BETTER = 0.02  # violations: what an alternative must save
 DEGRADED = 0.5  # of a violation: a step of quality 0 instead of 1
 LATE = 1e-3  # of a violation: a frame that is late already and must be run some time
-REQUEST, TOKEN = 1.0, 0.2  # weight of a first token, of a further one
 TRUSTED = 0.5  # of the horizon
 
 
@@ -62,6 +72,7 @@ class Lookahead:
         "_style",
         "_times",
         "_trusted",
+        "_variants",
         "_world",
     )
     name = "lookahead"
@@ -72,6 +83,7 @@ class Lookahead:
         self._accepted: frozenset[int] = frozenset()
         self._trusted = -1.0
         self._style = Style.PATIENT
+        self._variants: dict[int, str] = {}  # by request: as what it goes on, if not as asked
         self._last: list[int] = []  # by unit: the stream that ran there last
         # Of the decision under way:
         self._jobs: dict[int, Job] = {}
@@ -91,7 +103,7 @@ class Lookahead:
         for job in state.ready:
             if job.droppable and job.kind == Kind.FRAME and job.deadline < now + _least(job):
                 return Drop(job)
-        claims = [self._claim(job, now) for job in state.ready]
+        claims = [_as(self._claim(job, now), job, self._variants.get(job.number, "")) for job in state.ready]
         self._jobs = {claim.number: job for claim, job in zip(claims, state.ready, strict=True)}
         claims.sort()
         self._claims = claims
@@ -102,6 +114,7 @@ class Lookahead:
         ]
         if now < self._trusted:
             play = self._play(state)
+            play.coming, play.arrivals, play.place = self._coming, self._times, bisect_right(self._times, now)
             play.serve()
             future = self._first(play, 0.0)
             if future.job is None or future.job.kind == Kind.FRAME:
@@ -111,56 +124,125 @@ class Lookahead:
         self._end = now + horizon
         self._coming, self._times = self._habits.coming(state, self._end, FRAMES)
         self._world.prices = self._habits.prices
-        best, barred = self._search(state)
-        if not barred:
-            self._trusted = now + TRUSTED * horizon
+        best = self._search(state)
+        self._trusted = self._safe_until(now, best)
         return self._decision(best, int(min(self._times[0], self._end)) + 1)
+
+    def _safe_until(self, now: int, best: Future) -> float:
+        """How long the default needs no second thought: not up to where what is lost may be lost to a decision."""
+        until = now + TRUSTED * (self._end - now)
+        lost = [number >> 8 for number in best.lost if number > 0]
+        if not lost:
+            return until
+        assert self._world is not None
+        longest = max(claim.ways[0][1] for claim in (*self._claims, *self._coming)) + max(self._world.switch)
+        return min(until, min(lost) - 2 * longest)
 
     def _decision(self, future: Future, again: int) -> Decision:
         if future.job is not None and future.option is not None:
             self._last[future.option.unit] = future.job.stream
+            self._habits.started(future.job, future.option.unit)
             return Start(future.job, future.option)
         return Wake(again)
 
-    def _search(self, state: State) -> tuple[Future, bool]:
-        """The best future, and whether it leaves a unit idle that could run something."""
-        best, barred = self._run(self._play(state)), False
+    def _search(self, state: State) -> Future:
+        """The best future."""
+        best = self._run(self._play(state))
+        if not best.lost:
+            return self._restored(state, best)
         if best.lost <= self._accepted:
-            return best, False
+            # What is lost may be lost to the step that is about to start.
+            return best if best.option is None else self._waiting(state, best, [best.option.unit])
         style = self._style
         for other in Style:
             if other is not style:
                 future = self._run(self._play(state, style=other), best.cost)
                 if future.cost < best.cost - BETTER:
                     best, self._style = future, other
-        least = best.cost - BETTER
+        best = self._varied(state, best)
         idle = [unit.index for unit in state.units if unit.running is None]
-        for future in self._others(state, idle, least):
-            if future.cost < least:
-                best, least = future, future.cost
-        if self._times[0] < ENDLESS:
-            for unit in idle:
-                play = self._play(state)
-                play.bar(unit, self._times[0] + 1)
-                future = self._run(play, least)
-                if future.cost < least:
-                    best, least, barred = future, future.cost, True
+        best = self._waiting(state, self._started(state, best, idle), idle)
         soon = frame_number(0, int(state.now + TRUSTED * (self._end - state.now)))
         self._accepted = frozenset(number for number in best.lost if number < soon)
-        return best, barred
+        return best
 
-    def _others(self, state: State, idle: list[int], limit: float) -> Iterator[Future]:
-        """Futures that begin with another step."""
+    def _restored(self, state: State, best: Future) -> Future:
+        """Requests go on as asked again if that loses nothing."""
+        for claim in self._claims:
+            job = self._jobs[claim.number]
+            if claim.mode is not None and claim.mode.variant:
+                before = self._claims
+                self._put(claim, self._claim(job, state.now))
+                future = self._run(self._play(state))
+                if future.lost:
+                    self._claims = before
+                else:
+                    best = future
+                    self._variants.pop(job.number, None)
+        return best
+
+    def _varied(self, state: State, best: Future) -> Future:
+        """The best future, or a better one in which a request goes on as another variant."""
+        for claim in self._claims[:CLAIMS]:
+            job = self._jobs[claim.number]
+            if claim.mode is None:
+                continue
+            now = claim.mode.variant
+            plain = self._claim(job, state.now)
+            for variant, option in {option.variant: option for option in job.options}.items():
+                if variant == now:
+                    continue
+                before = self._claims
+                self._put(claim, _as(plain, job, variant))
+                future = self._run(self._play(state), best.cost)
+                if future.cost + _worse(claim, option) < best.cost - BETTER:
+                    best, self._variants[job.number] = future, variant
+                    break
+                self._claims = before
+        return best
+
+    def _put(self, claim: Claim, other: Claim) -> None:
+        """One claim instead of another."""
+        self._claims = sorted([other, *(each for each in self._claims if each is not claim)])
+
+    def _started(self, state: State, best: Future, idle: list[int]) -> Future:
+        """The best future, or a better one that begins with another step."""
         for claim in self._claims[:CLAIMS]:
             job = self._jobs[claim.number]
             for option in job.options:
                 if option.unit in idle:
                     play = self._play(state, claim)
-                    changed, extra = _changed(claim, job, option)
+                    changed = _as(claim, job, option.variant)
                     play.start(changed, option.unit, float(option.ns + job.setup[option.unit]), option.demand)
-                    cost = play.run(self._coming, self._times, self._end, limit) + extra
-                    limit = min(limit, cost)
-                    yield Future(cost, frozenset(play.lost), job, option)
+                    limit = best.cost - BETTER
+                    cost = play.run(self._coming, self._times, self._end, limit) + _worse(claim, option)
+                    if cost < limit:
+                        best = Future(cost, frozenset(play.lost), job, option)
+        return best
+
+    def _waiting(self, state: State, best: Future, units: list[int]) -> Future:
+        """The best future, or a better one in which one of these units waits for a frame that is lost otherwise."""
+        assert self._world is not None
+        if best.job is None or best.option is None:
+            return best
+        ends = state.now + best.option.ns + best.job.setup[best.option.unit]
+        for place, claim in enumerate(self._coming):
+            if self._times[place] >= ends:
+                return best
+            if claim.number in best.lost or (claim.child is not None and claim.child.number in best.lost):
+                break
+        else:
+            return best
+        coming = self._coming[:place] + self._coming[place + 1 :]
+        times = self._times[:place] + self._times[place + 1 :]
+        for unit, ns, demand in claim.ways:
+            if unit in units:
+                play = self._play(state)
+                play.start(claim, unit, self._times[place] - state.now + ns + self._world.switch[unit], demand)
+                future = self._first(play, play.run(coming, times, self._end, best.cost - BETTER))
+                if future.cost < best.cost - BETTER:
+                    best = future
+        return best
 
     def _run(self, play: Play, limit: float = ENDLESS) -> Future:
         return self._first(play, play.run(self._coming, self._times, self._end, limit))
@@ -171,7 +253,9 @@ class Lookahead:
             return Future(cost, lost, None, None)
         claim, unit = play.first
         job = self._jobs[claim.number]
-        option = next(option for option in job.options if option.unit == unit)
+        variant = claim.mode.variant if claim.mode else ""
+        there = [option for option in job.options if option.unit == unit]
+        option = next((option for option in there if option.variant == variant), there[0])
         return Future(cost, lost, job, option)
 
     def _play(self, state: State, without: Claim | None = None, style: Style | None = None) -> Play:
@@ -201,11 +285,11 @@ class Lookahead:
         number = -1 - job.number
         if job.kind == Kind.DECODE:
             due = habits.token_due(job)
-            return Claim(due, number, due, ways, TOKEN, stream, None, Mode(-1.0, ways, token or ways, target))
+            return Claim(due, number, due, ways, TOKEN, stream, None, Mode(-1.0, ways, token or ways, target, target))
         plain = ways_of(job.options)
         unit, ns, _ = plain[0]
         left = max(0.0, (job.remaining[unit] or 0) / ns - 1.0)
-        mode = Mode(left if left > 1e-3 else 0.0, plain, token, target)
+        mode = Mode(left if left > 1e-3 else 0.0, plain, token, target, float(job.deadline - job.arrival))
         return Claim(job.deadline, number, job.deadline, ways, REQUEST, stream, None, mode)
 
     def _ways(self, job: Job) -> Ways:
@@ -224,14 +308,26 @@ class Lookahead:
                 switch[unit] = float(ns)
 
 
-def _changed(claim: Claim, job: Job, option: Option) -> tuple[Claim, float]:
-    """A claim whose step runs as this option, and what the loss of quality costs."""
-    extra = (1.0 - option.quality) * DEGRADED * claim.weight
-    if job.kind != Kind.PREFILL or claim.mode is None:
-        return claim, extra
-    asked = next(other for other in job.options if other.unit == option.unit)
-    left = claim.mode.left + 1.0 - option.units / max(asked.units, 1)
-    return claim._replace(mode=claim.mode._replace(left=max(left, 0.0))), extra
+def _worse(claim: Claim, option: Option) -> float:
+    """What the loss of quality costs."""
+    return (1.0 - option.quality) * DEGRADED * claim.weight
+
+
+def _as(claim: Claim, job: Job, variant: str) -> Claim:
+    """A claim whose request goes on as a variant."""
+    mode = claim.mode
+    if mode is None or not variant:
+        return claim
+    options = [other for other in job.options if other.variant == variant]
+    if not options:  # chunks, once the prompt is read
+        return claim
+    ways = ways_of(options)
+    if job.kind == Kind.DECODE:
+        return claim._replace(ways=ways_of(options, job.setup), mode=mode._replace(token=ways, variant=variant))
+    asked = next(other for other in job.options if other.unit == options[0].unit)
+    chunks = (mode.left + 1.0) * asked.units / options[0].units  # so many of this size are left
+    mode = mode._replace(left=max(chunks - 1.0, 0.0), chunk=ways, variant=variant)
+    return claim._replace(ways=ways_of(options, job.setup), mode=mode)
 
 
 def _least(job: Job) -> int:
