@@ -35,10 +35,11 @@ HOME = {
     "ray": "profiles",
 }
 # Only inside functions: converting a checkpoint needs the GenAI builder, which needs torch; adapters' files are written
-# by the runtime that reads them.
+# by the runtime that reads them; depth networks are traced by torch's own exporter.
 MAY_INSIDE = {
     "export/skeleton.py": {"torch", "transformers", "peft", "huggingface_hub", "onnxruntime_genai"},
     "export/adapters.py": {"onnxruntime"},
+    "export/vision.py": {"torch"},
 }
 
 LIGHT_RECOVER = [
