@@ -170,9 +170,13 @@ Replies = Callable[[Sequence[Sequence[int]], Sequence[int]], Iterator[tuple[int,
 
 
 def replies_together(model: Any, rows: int | None = None) -> Replies:
-    """Replies to several prompts at a time, `rows` of them unless None; a row that ended leaves the pass."""
+    """Replies to several prompts at a time, `rows` of them unless None; a row that ended leaves the pass.
+
+    One at a time where a model turns the positions of long rows in another way: all rows of a pass would follow.
+    """
     ends = _ends(model)
     count = rows or (CPU_REPLIES if model.device.type == "cpu" else DEVICE_REPLIES)
+    count = count if switch_of(model.config.get_text_config()) is None else 1
 
     def found(prompts: Sequence[Sequence[int]], most: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)

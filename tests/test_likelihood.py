@@ -15,7 +15,7 @@ import families
 import tiny
 from rlkit.recover.likelihood import Continuation, Likelihood, Outcome, Pair, Part, alike, asks_of
 from rlkit.recover.prefixes import LEVELS, Ask, Node, common, tree
-from rlkit.recover.torchscorer import placed, torch_scorer
+from rlkit.recover.torchscorer import placed, replies, replies_together, spread, torch_scorer
 
 
 def items(count: int = 6, *, shots: int = 40, seed: int = 0) -> list[Pair]:
@@ -271,3 +271,23 @@ def test_rows_of_about_one_length_are_read_together() -> None:
         assert cost(found, lengths, pass_ids) == min(cost(way, lengths, pass_ids) for way in ways)
     assert alike([], 3) == []
     assert [sorted(group) for group in alike([5, 30, 5, 9], 3)] == [[1], [3], [0, 2]]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3-long"])
+def test_replies_together_are_those_one_by_one(name: str) -> None:
+    rng, model = random.Random(0), families.model(name)
+    prompts = [[rng.randrange(3, 400) for _ in range(length)] for length in (40, 7, 23, 23, 1)]
+    most = [12, 20, 5, 12, 12]
+    alone = {number: replies(model)(prompt, most[number]) for number, prompt in enumerate(prompts)}
+    assert dict(replies_together(model, 3)(prompts, most)) == alone
+    model.generation_config.eos_token_id = alone[1][4]  # now replies end where this one comes up
+    ended = {number: ids[: ids.index(alone[1][4])] if alone[1][4] in ids else ids for number, ids in alone.items()}
+    assert len(ended[1]) <= 4 and dict(replies_together(model)(prompts, most)) == ended
+
+
+def test_processes_take_devices_of_a_kind_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spread("cpu", 1) == "cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert [spread("cuda", number) for number in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert spread("cuda:1", 2) == "cuda:1"
