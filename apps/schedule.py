@@ -17,6 +17,7 @@ from rlkit.profiles.scheduling.explore import Explored, Space
 from rlkit.recover.atomic import refuse_existing, write_json, write_text
 
 PAGES = (".html", ".htm")
+SEEDS, VALIDATED = 3, "edf"  # unless told
 MOST_SEEDS, MOST_WORKERS, MOST_ASSIGNMENTS, MOST_ROUNDS = 10_000, 256, 100_000, 100
 
 
@@ -25,8 +26,12 @@ def schedule(  # noqa: PLR0913, one parameter per option of the command
     device: Annotated[
         str | None, typer.Option(help="DEVICE[@MEMORY], as in rlkit devices; here with --profile, or once calibrated.")
     ] = None,
-    policies: Annotated[str, typer.Option(help="all, five, or names with commas between.")] = ALL,
-    seeds: Annotated[int, typer.Option(help="Runs with different arrivals, the same for every policy.")] = 3,
+    policies: Annotated[
+        str | None, typer.Option(help="all, five, or names with commas between; all unless told, edf to --validate.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs with different arrivals, the same for every policy; 3, to --validate 1.")
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds simulated, in place of the scenario's.")] = None,
     rates: Annotated[
         str, typer.Option(help="How many times as often frames and requests come; several are swept: 1,1.25,1.5.")
@@ -73,8 +78,8 @@ def schedule(  # noqa: PLR0913, one parameter per option of the command
     Example: rlkit schedule video-conferencing --device max395 --explore --rates 1,1.5,2 --policies edf,lookahead
     """
     space = Space(
-        policies=schedulerun.policies(policies),
-        seeds=_whole("--seeds", seeds, 1, MOST_SEEDS),
+        policies=schedulerun.policies(policies or (VALIDATED if validate else ALL)),
+        seeds=_whole("--seeds", (1 if validate else SEEDS) if seeds is None else seeds, 1, MOST_SEEDS),
         factors=schedulerun.factors(rates),
         most=_whole("--assignments", assignments, 1, MOST_ASSIGNMENTS) if explored else 1,
         rounds=_whole("--rounds", rounds, 0, MOST_ROUNDS) if explored else 0,
@@ -89,7 +94,12 @@ def schedule(  # noqa: PLR0913, one parameter per option of the command
     )
     files = _Files(output, html, trace)
     files.check(sweep=space.swept, force=force)
-    if dry_run:
+    if bundle and not validate:
+        raise ValueError("--bundle names what runs for real; give --validate as well, or a --profile of it")
+    if dry_run and validate:
+        spent = asked.scenario.duration / 1e9 * len(asked.names) * asked.seeds
+        console.emit(f"{asked.scenario.title}: {', '.join(asked.names)} for {spent:g} s, after timing its models")
+    elif dry_run:
         _show_plan(asked, space, json=json)
     elif validate:
         _validate(asked, space, bundle or [], files, json=json)

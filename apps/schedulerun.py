@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +21,14 @@ from rlkit.profiles.scheduling.comparison import Comparison
 from rlkit.profiles.scheduling.costs import Costs, Forecast
 from rlkit.profiles.scheduling.engine import run
 from rlkit.profiles.scheduling.explore import Explored, Space
-from rlkit.profiles.scheduling.farm import Farm, Work
-from rlkit.profiles.scheduling.outcome import Outcome, summarize
+from rlkit.profiles.scheduling.farm import Farm, Task, simulate
+from rlkit.profiles.scheduling.outcome import summarize
 from rlkit.profiles.scheduling.policies import FIVE, POLICIES
 from rlkit.profiles.scheduling.record import Run
 from rlkit.profiles.scheduling.scenario import Scenario
 from rlkit.profiles.scheduling.settings import Prepared, prepare
 from rlkit.recover import cache, cores
-from rlkit.recover.progress import Progress, Tell
+from rlkit.recover.progress import Tell
 
 ALL, THE_FIVE = "all", "five"
 ENOUGH = 600_000  # frames simulated from which on further processes are worth their start
@@ -76,11 +77,12 @@ class Asked:
         """The scenario on the device."""
         return prepare(vary.faster(self.scenario, factor), self.where.costs(self.scenario))
 
-    def farm(self, runs: int) -> Farm:
+    def farm(self, runs: int) -> AbstractContextManager[Farm]:
         """What simulates so many runs; it keeps what it did."""
-        workers = self.workers or self._worthwhile(runs)
-        made = farm.processes(workers) if self.ray is None else farm.on_ray(self.ray, self.workers or _cores())
-        return farm.kept(made, cache.cache_folder() / "schedules")
+        folder = cache.cache_folder() / "schedules"
+        if self.ray is None:
+            return farm.farm(self.workers or self._worthwhile(runs), folder=folder)
+        return farm.farm(self.workers or (_cores() if self.ray == "local" else 1), self.ray, folder)
 
     def _worthwhile(self, runs: int) -> int:
         return _cores() if runs * sum(each.count for each in self.scenario.streams) > ENOUGH else 1
@@ -126,17 +128,12 @@ def factors(text: str) -> tuple[float, ...]:
 def compared(asked: Asked, factor: float, tell: Tell) -> Comparison:
     """Every policy on every seed."""
     prepared = asked.prepared(factor)
-    works = [Work(prepared, seed, asked.names) for seed in range(asked.seeds)]
-    found: dict[int, list[Outcome]] = {}
-    done, total = 0, asked.seeds * len(asked.names)
-    tell(Progress("simulate", 0, total))
-    for number, outcomes in asked.farm(total)(works):
-        found[number] = outcomes
-        done += len(outcomes)
-        tell(Progress("simulate", done, total, f"{done:,} of {total:,} runs"))
-    seeds = tuple(range(asked.seeds))
-    summaries = tuple(summarize([found[seed][place] for seed in seeds]) for place in range(len(asked.names)))
-    return Comparison(prepared, _device(asked, prepared), factor, seeds, summaries, about())
+    tasks = [Task(prepared, seed, name) for seed in range(asked.seeds) for name in asked.names]
+    with asked.farm(len(tasks)) as farmed:
+        found = simulate(farmed, tasks, tell=tell)
+    count = len(asked.names)
+    summaries = tuple(summarize(found[place::count]) for place in range(count))
+    return Comparison(prepared, _device(asked, prepared), factor, tuple(range(asked.seeds)), summaries, about())
 
 
 def _device(asked: Asked, prepared: Prepared) -> str:
@@ -146,7 +143,8 @@ def _device(asked: Asked, prepared: Prepared) -> str:
 def swept(asked: Asked, space: Space, tell: Tell) -> Explored:
     """Every point of a space."""
     costs = asked.where.costs(asked.scenario)
-    return explore.explore(asked.scenario, costs, space, asked.farm(space.runs), tell=tell, about=about())
+    with asked.farm(space.runs) as farmed:
+        return explore.explore(asked.scenario, costs, space, farmed, tell=tell, about=about())
 
 
 def runs(asked: Asked, factor: float) -> Iterator[Run]:

@@ -143,7 +143,7 @@ def overview(found: Comparison) -> Table:
 def titled(found: Comparison) -> str:
     """Scenario, device, how long, how often."""
     seeds = f"{len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}"
-    faster = "" if found.factor == 1.0 else f", {found.factor:g} times as often"
+    faster = "" if found.factor == 1.0 else f", rate x {found.factor:g}"
     return f"{found.prepared.scenario.title}: {found.device}, {found.prepared.base.duration / 1e9:g} s, {seeds}{faster}"
 
 

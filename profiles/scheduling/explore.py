@@ -4,7 +4,7 @@ An assignment says which units may run which model (`vary.py`). Each is put on t
 memory are counted for the units that it uses; one that does not fit is left out, with the reason. After the sweep,
 `rounds` times, the best assignment of each policy at each rate is varied in one model at a time, and the best one kept.
 
-Simulations run on a `Farm` (`farm.py`): what comes out is the same whichever, and what was done is kept.
+Simulations run wherever the `Farm` is (`farm.py`): what comes out is the same, and what was done is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from rlkit.profiles.scheduling import comparison, vary
 from rlkit.profiles.scheduling.comparison import READING, percent
 from rlkit.profiles.scheduling.costs import Costs
-from rlkit.profiles.scheduling.farm import Farm, Work
+from rlkit.profiles.scheduling.farm import Farm, Task, simulate
 from rlkit.profiles.scheduling.metrics import spread
 from rlkit.profiles.scheduling.outcome import Outcome, Summary, summarize
 from rlkit.profiles.scheduling.policies import FIVE
@@ -24,7 +24,7 @@ from rlkit.profiles.scheduling.scenario import Scenario
 from rlkit.profiles.scheduling.settings import Prepared, prepare
 from rlkit.profiles.scheduling.vary import Assignment
 from rlkit.profiles.table import Table
-from rlkit.recover.progress import Progress, Tell, silent
+from rlkit.recover.progress import Tell, silent
 
 SCHEMA_VERSION = 1
 MOST_RUNS = 1_000_000
@@ -146,27 +146,22 @@ class _Sweep:
     found: dict[tuple[Assignment, float, str], Summary] = field(default_factory=dict)
     left_out: dict[str, None] = field(default_factory=dict)
 
-    def simulate(self, stage: str, asked: Sequence[tuple[Assignment, float, tuple[str, ...]]]) -> None:
+    def add(self, stage: str, asked: Sequence[tuple[Assignment, float, tuple[str, ...]]]) -> None:
         """Add what is not there yet."""
-        places: list[tuple[Assignment, float]] = []
-        works: list[Work] = []
+        places: list[tuple[Assignment, float, str]] = []
+        tasks: list[Task] = []
         for assignment, factor, policies in asked:
-            missing = tuple(name for name in policies if (assignment, factor, name) not in self.found)
+            missing = [name for name in policies if (assignment, factor, name) not in self.found]
             made = self.prepared(assignment, factor) if missing else None
-            if made is not None:
-                works += [Work(made, seed, missing) for seed in range(self.space.seeds)]
-                places += [(assignment, factor)] * self.space.seeds
-        runs: dict[int, list[Outcome]] = {}
-        done, total = 0, sum(len(work.policies) for work in works)
-        self.tell(Progress(stage, 0, total))
-        for number, outcomes in self.farm(works):
-            runs[number] = outcomes
-            done += len(outcomes)
-            self.tell(Progress(stage, done, total, f"{done:,} of {total:,} runs"))
-        for first in range(0, len(works), self.space.seeds):
-            for at, name in enumerate(works[first].policies):
-                seeds = [runs[first + seed][at] for seed in range(self.space.seeds)]
-                self.found[*places[first], name] = summarize(seeds)
+            if made is not None:  # runs with the same arrivals one after the other
+                tasks += [Task(made, seed, name) for seed in range(self.space.seeds) for name in missing]
+                places += [(assignment, factor, name) for _seed in range(self.space.seeds) for name in missing]
+        if not tasks:
+            return
+        runs: dict[tuple[Assignment, float, str], list[Outcome]] = {}
+        for place, found in zip(places, simulate(self.farm, tasks, stage, self.tell), strict=True):
+            runs.setdefault(place, []).append(found)
+        self.found |= {place: summarize(outcomes) for place, outcomes in runs.items()}
 
     def prepared(self, assignment: Assignment, factor: float) -> Prepared | None:
         """The scenario so assigned on the device; None if it does not fit."""
@@ -196,7 +191,7 @@ def explore(
     base = prepare(scenario, costs)
     sweep = _Sweep(scenario, costs, space, farm, tell)
     tried = vary.assignments(base, space.most)
-    sweep.simulate("sweep", [(one, factor, space.policies) for one in tried for factor in space.factors])
+    sweep.add("sweep", [(one, factor, space.policies) for one in tried for factor in space.factors])
     where = vary.choices(base.base)
     made = _explored(sweep, base, about)
     for number in range(space.rounds):
@@ -208,7 +203,7 @@ def explore(
             for near in vary.neighbours(made.best(factor, policy).assignment, where)
             if made.best(factor, policy).summary.rate > 0.0
         ]
-        sweep.simulate(f"round {number + 1} of {space.rounds}", asked)
+        sweep.add(f"round {number + 1} of {space.rounds}", asked)
         made = _explored(sweep, base, about)
         if len(sweep.found) == before:
             break
@@ -226,7 +221,7 @@ def tables(found: Explored) -> Iterator[Table]:
     for factor in found.space.factors:
         rows = tuple(_best(found, factor, policy) for policy in found.space.policies)
         columns = ("policy", "free, %", "best, %", "worst, %", "best assignment")
-        title = f"{found.scenario.title}: {found.device}, {factor:g} times as often, {count} assignments"
+        title = f"{found.scenario.title}: {found.device}, rate x {factor:g}, {count} assignments"
         yield Table(title, columns, rows, "Violated, mean over streams and seeds. Free: every model on any unit.")
     if len(found.space.policies) > 1:
         yield _spreads(found)
@@ -258,7 +253,7 @@ def findings(found: Explored) -> Iterator[str]:
     """What the numbers say, in sentences."""
     for factor in found.space.factors:
         best = min((found.best(factor, policy) for policy in found.space.policies), key=lambda one: one.summary.rate)
-        at = f"at {factor:g} times the rate: " if len(found.space.factors) > 1 else ""
+        at = f"rate x {factor:g}: " if len(found.space.factors) > 1 else ""
         yield f"{at}the fewest violations, {percent(best.summary.rate)} %: {best.policy}, {best.assignment.name}"
         if len(found.space.policies) > 1:
             yield from (f"{at}{line}" for line in comparison.spread_lines(found.free(factor)))

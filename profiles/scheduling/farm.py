@@ -1,10 +1,8 @@
-"""Where simulations run: here, in processes of this machine, or on Ray; what was done is kept by its content.
+"""Simulations as tasks that processes or a Ray cluster share (`profiles/spread.py`); what was done is kept by content.
 
-A `Farm` takes works and yields (number of the work, its outcomes) as they are done, in any order. A simulation depends
-on nothing but its work, so every farm gives the same. Kept outcomes are files named by the setting, the seed, the
-policy and the simulator's own sources, so an interrupted sweep goes on and another one reuses what it shares with it:
-
-    <folder>/<first two of the key>/<key>.json
+A simulation depends on nothing but its task, so the results are the same wherever it ran. A kept one is known by the
+setting, the seed, the policy and the simulator's own sources, so an interrupted sweep goes on and another one reuses
+what it shares with it, and nothing is reused that another version of the policies has done.
 """
 
 from __future__ import annotations
@@ -12,187 +10,96 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
-import logging
-import multiprocessing
-import re
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from rlkit.profiles import spread
 from rlkit.profiles.scheduling.arrivals import expand
 from rlkit.profiles.scheduling.engine import run
 from rlkit.profiles.scheduling.outcome import Outcome, outcome
 from rlkit.profiles.scheduling.policies import POLICIES
 from rlkit.profiles.scheduling.settings import Prepared
-from rlkit.recover.atomic import write_json
-from rlkit.recover.source import read_json
+from rlkit.profiles.scheduling.workload import Workload
+from rlkit.recover.progress import Tell, silent
 from rlkit.runtime import jobs
 
-__all__ = ["Farm", "Work", "here", "kept", "on_ray", "processes", "simulate"]
-
-SCHEMA_VERSION = 1
-AHEAD = 3  # works handed out for each worker: enough to keep it busy, few enough to stop soon
-ADDRESS = re.compile(r"auto|local|(ray://)?[A-Za-z0-9_.\-\[\]:]+:\d{1,5}")
+__all__ = ["Farm", "Task", "farm", "simulate", "sources"]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One run of arrivals under some policies, by their names in `policies.POLICIES`."""
+class Task(NamedTuple):
+    """One run: a scenario on a device, the seed of its arrivals, a policy by its name in `policies.POLICIES`."""
 
     prepared: Prepared
     seed: int
-    policies: tuple[str, ...]
+    policy: str
 
 
-Farm = Callable[[Sequence[Work]], Iterator[tuple[int, list[Outcome]]]]
+Farm = Callable[[Sequence[Task]], Iterator[tuple[int, dict[str, Any]]]]
+"""Tasks -> (number of the task, its `Outcome` as JSON values), in any order."""
 
 
-def simulate(work: Work) -> list[Outcome]:
-    """One outcome for each policy."""
-    load = expand(work.prepared.setting(work.seed), work.seed)
-    return [outcome(run(load, POLICIES[name]())) for name in work.policies]
+@contextlib.contextmanager
+def farm(workers: int = 1, ray: str | None = None, folder: Path | None = None) -> Iterator[Farm]:
+    """Who simulates: as `spread.team` says; with `folder`, results are kept there."""
+    with spread.team(functools.partial(opened, sources()), workers, ray) as team:
+        yield team if folder is None else spread.kept(team, _Kept(folder, _identify()))
 
 
-def here(works: Sequence[Work]) -> Iterator[tuple[int, list[Outcome]]]:
-    """In this process, one after the other."""
-    for number, work in enumerate(works):
-        yield number, simulate(work)
+def simulate(farmed: Farm, tasks: Sequence[Task], stage: str = "simulate", tell: Tell = silent) -> list[Outcome]:
+    """The outcomes of all tasks, in their order."""
+    done = spread.in_order(spread.told(farmed, stage, tell))(tasks)
+    return [Outcome.from_json(found) for found in done]
 
 
-def processes(workers: int) -> Farm:
-    """In so many processes of this machine."""
-    if workers < 1:
-        raise ValueError(f"{workers} workers: use at least 1")
-    return here if workers == 1 else functools.partial(_spread, workers)
+def opened(version: str) -> Callable[[Task], dict[str, Any]]:
+    """What does tasks in a process. ValueError: it has other sources than `version`, that of the one who asks."""
+    if version != sources():
+        raise ValueError(
+            "a machine of the cluster has another version of rlkit's simulator; install the same one there"
+        )
+    return _Simulator()
 
 
-def _spread(workers: int, works: Sequence[Work]) -> Iterator[tuple[int, list[Outcome]]]:
-    context = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        pool = ProcessPoolExecutor(min(workers, max(len(works), 1)), context, _begin)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        waiting = iter(enumerate(works))
-        running: dict[Future[list[Outcome]], int] = {}
-        try:
-            while True:
-                while len(running) < AHEAD * workers and (following := next(waiting, None)) is not None:
-                    running[pool.submit(simulate, following[1])] = following[0]
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool as error:
-            why = "a process of the sweep ended early, most often for want of memory"
-            raise ValueError(f"{why}; use fewer --workers than {workers}; what was done is kept") from error
+class _Simulator:
+    """Tasks of one scenario and seed come one after the other: their arrivals are drawn once."""
+
+    def __init__(self) -> None:
+        self._prepared: Prepared | None = None
+        self._load: Workload | None = None
+
+    def __call__(self, task: Task) -> dict[str, Any]:
+        load = self._load
+        if load is None or load.seed != task.seed or self._prepared != task.prepared:
+            load = self._load = expand(task.prepared.setting(task.seed), task.seed)
+            self._prepared = task.prepared
+        return outcome(run(load, POLICIES[task.policy]())).to_json()
 
 
-def _begin() -> None:
-    """Ctrl-C is for the process that asked; it ends these."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _Kept(spread.Folder):
+    """A folder of outcomes; a file that is none, whoever put it there, is not known."""
+
+    def read(self, task: Task) -> Any:
+        """What is known."""
+        found = spread.Folder.read(self, task)
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            Outcome.from_json(found)
+            return found
+        return None
 
 
-def on_ray(address: str, workers: int) -> Farm:
-    """On a Ray cluster: "auto", HOST:PORT, ray://HOST:PORT, or "local" for one of `workers` processes started here.
+def _identify() -> Callable[[Task], str]:
+    """Makes keys of all that decides an outcome."""
+    digests: dict[tuple[int, int], tuple[Prepared, str]] = {}
 
-    Its nodes must have this version of rlkit. Raises ValueError for another form of address, ConnectionError where
-    nothing answers, ImportError if ray is not installed.
-    """
-    if not ADDRESS.fullmatch(address):
-        raise ValueError(f"Ray address {address!r} must be auto, local, HOST:PORT or ray://HOST:PORT")
-    return functools.partial(_on_ray, address, workers)
+    def key(task: Task) -> str:
+        place = id(task.prepared), task.seed
+        if place not in digests:  # with the scenario itself, so that nothing else gets its id
+            whole = repr((sources(), task.prepared.setting(task.seed), task.seed))
+            digests[place] = task.prepared, hashlib.sha256(whole.encode()).hexdigest()
+        return hashlib.sha256(f"{digests[place][1]} {task.policy}".encode()).hexdigest()
 
-
-def _on_ray(address: str, workers: int, works: Sequence[Work]) -> Iterator[tuple[int, list[Outcome]]]:
-    ray: Any = importlib.import_module("ray")  # an extra: typed where it is installed, and not there otherwise
-    failure: type[Exception] = importlib.import_module("ray.exceptions").RayError
-    if not works:
-        return
-    where: dict[str, Any] = (
-        {"num_cpus": workers, "include_dashboard": False} if address == "local" else {"address": address}
-    )
-    ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        ahead = AHEAD * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-        remote = ray.remote(num_cpus=1)(_remotely)
-        version, waiting, running = sources(), iter(enumerate(works)), dict[Any, int]()
-        while True:
-            while len(running) < ahead and (following := next(waiting, None)) is not None:
-                running[remote.remote(following[1], version)] = following[0]
-            if not running:
-                return
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            found, fault = ray.get(done)
-            if fault:
-                raise ValueError(fault)
-            yield running.pop(done), found
-    except failure as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"Ray at {address} failed: {first}; what was done is kept") from error
-    finally:
-        ray.shutdown()
-
-
-def _remotely(work: Work, version: str) -> tuple[list[Outcome], str]:
-    """The outcomes, or what is wrong in one line: what is raised there arrives as a page of text."""
-    if sources() != version:
-        return [], "a Ray node has another version of rlkit's simulator; install the same one there"
-    try:
-        return simulate(work), ""
-    except ValueError as error:
-        return [], str(error)
-
-
-def kept(farm: Farm, folder: Path) -> Farm:
-    """The same farm, but for what is in the folder already; what is new is added as soon as it is done."""
-
-    def farmed(works: Sequence[Work]) -> Iterator[tuple[int, list[Outcome]]]:
-        known: dict[int, dict[str, Outcome]] = {}
-        asked: list[tuple[int, Work]] = []
-        for number, work in enumerate(works):
-            found = known[number] = _read(folder, work)
-            missing = tuple(name for name in work.policies if name not in found)
-            if missing:
-                asked.append((number, replace(work, policies=missing)))
-            else:
-                yield number, [known.pop(number)[name] for name in work.policies]
-        for place, outcomes in farm([work for _number, work in asked]):
-            number, work = asked[place]
-            found = known.pop(number) | dict(zip(work.policies, outcomes, strict=True))
-            _write(folder, work, outcomes)
-            yield number, [found[name] for name in works[number].policies]
-
-    return farmed
-
-
-def _read(folder: Path, work: Work) -> dict[str, Outcome]:
-    """What is known of a work, by policy; what cannot be read is not known."""
-    found = {}
-    for name, path in _paths(folder, work):
-        with contextlib.suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
-            table = read_json(path)
-            if table["schema_version"] == SCHEMA_VERSION:
-                found[name] = Outcome.from_json(table["found"])
-    return found
-
-
-def _write(folder: Path, work: Work, outcomes: Sequence[Outcome]) -> None:
-    for (_name, path), found in zip(_paths(folder, work), outcomes, strict=True):
-        write_json(path, {"schema_version": SCHEMA_VERSION, "found": found.to_json()})
-
-
-def _paths(folder: Path, work: Work) -> Iterator[tuple[str, Path]]:
-    """The file of each policy: named by all that decides the outcome."""
-    base = hashlib.sha256(repr((sources(), work.prepared.setting(work.seed), work.seed)).encode())
-    for name in work.policies:
-        whole = base.copy()
-        whole.update(name.encode())
-        key = whole.hexdigest()
-        yield name, folder / key[:2] / f"{key}.json"
+    return key
 
 
 @functools.cache

@@ -203,7 +203,7 @@ def _ranges(found: Explored, factor: float) -> str:
     """Each policy: a line from its best assignment to its worst, a mark where all is free."""
     frame = Frame(520, 44 + ROW * len(found.space.policies) + 30, left=LEFT)
     scale = from_zero([100 * one.summary.rate for one in found.at(factor)], *frame.x)
-    title = f"{factor:g} times as often"
+    title = f"rate x {factor:g}"
     parts = [words(12, 16, title, "start", "h"), *frame.columns(scale, scale.ticks(5))]
     told = [title]
     free = found.free(factor)
@@ -233,7 +233,7 @@ def _over_rates(found: Explored) -> str:
         points = [(across(factor), up(100 * rates[factor][policy])) for factor in factors]
         parts.append(path(points, series))
         for factor, (x, y) in zip(factors, points, strict=True):
-            told.append(f"{policy}, {factor:g} times: {percent(rates[factor][policy])} %")
+            told.append(f"{policy}, rate x {factor:g}: {percent(rates[factor][policy])} %")
             parts.append(mark(x, y, series, told[-1]))
     keys = "".join(f"<span>{legend_mark(at)}{_text(policy)}</span>" for at, policy in enumerate(found.space.policies))
     return f'<div class="legend">{keys}</div>{frame.drawn(parts, "; ".join(told))}'
