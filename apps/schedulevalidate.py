@@ -33,7 +33,7 @@ from rlkit.profiles.scheduling.scenario import Scenario
 from rlkit.profiles.scheduling.settings import Prepared, prepare
 from rlkit.profiles.scheduling.together import adjusted, fitted, said
 from rlkit.profiles.scheduling.validation import Case, Validation
-from rlkit.profiles.scheduling.workload import Llm, Setting
+from rlkit.profiles.scheduling.workload import Llm, Setting, Stream
 from rlkit.recover import cores
 from rlkit.recover.atomic import write_json, write_text
 from rlkit.recover.progress import Progress, Tell
@@ -177,6 +177,9 @@ def _subjects(scenario: Scenario, bundles: Sequence[str]) -> dict[str, Subject]:
             raise ValueError(f"{scenario.where}: {key}.model = {model!r} needs a bundle; give it: --bundle FOLDER")
         try:
             found[model] = profilerun.subject(f"{model}={given.get(model, model)}")
+        except FileNotFoundError as error:
+            said = str(error).removesuffix(", or pass --pull")
+            raise FileNotFoundError(f"{scenario.where}: {key}.model: {said}") from error
         except ValueError as error:
             raise ValueError(f"{scenario.where}: {key}.model: {error}; give --bundle {model}=FILE") from error
         if (found[model].kind == LANGUAGE) != (model in language):
@@ -268,10 +271,12 @@ def _acts(ground: Ground, work: RealWork) -> list[Act]:
     return [*frames.values(), *steps.values()]
 
 
-def _first(llm: Llm, phase: str, unit: int) -> Option:
-    """A unit's step as asked, with little context before it."""
-    found = llm.prefill if phase == "chunk" else llm.decode
-    return next(each.options[0] for each in found if each.options[0].unit == unit)
+def _first(stream: Stream | Llm, phase: str, unit: int) -> Option:
+    """A unit's step as asked, of a request with little context before it."""
+    if isinstance(stream, Llm):
+        phases = stream.prefill if phase == "chunk" else stream.decode
+        return next(each.options[0] for each in phases if each.options[0].unit == unit)
+    return next(option for option in stream.options if option.unit == unit)
 
 
 class Tuned:
@@ -283,20 +288,15 @@ class Tuned:
         self.slower: dict[tuple[str, int], float] = {}
         self.switch: dict[int, tuple[int, ...]] = {}
         for place, stream in enumerate(ground.prepared.base.streams):
-            units = sorted({option.unit for option in stream.options})
-            language = isinstance(stream, Llm)
-            for unit in units:
-                for phase in ("chunk", "token") if language else (FRAME,):
+            phases = ("chunk", "token") if isinstance(stream, Llm) else (FRAME,)
+            switch = [0] * len(ground.places)
+            for unit in sorted({option.unit for option in stream.options}):
+                for phase in phases:
                     kind = _kind(stream.model, phase, ground.places[unit])
-                    known = (
-                        _first(stream, phase, unit)
-                        if isinstance(stream, Llm)
-                        else next(option for option in stream.options if option.unit == unit)
-                    )
-                    self.slower[kind, unit] = heard.acts[kind, unit].alone / known.ns
-            phase = "token" if language else FRAME
-            kept = [heard.acts.get((_kind(stream.model, phase, each), unit)) for unit, each in enumerate(ground.places)]
-            self.switch[place] = tuple(0 if each is None else max(round(each.after or 0.0), 0) for each in kept)
+                    kept = heard.acts[kind, unit]
+                    self.slower[kind, unit] = kept.alone / _first(stream, phase, unit).ns
+                    switch[unit] = max(round(kept.after or 0.0), 0)  # the last phase's: of a token, it is least noise
+            self.switch[place] = tuple(switch)
 
     def setting(self, plain: Setting) -> Setting:
         """A run's setting with these costs."""
@@ -331,24 +331,28 @@ COLUMNS = ("policy", "stream or unit", "measure", "profile alone", "simulated", 
 
 
 def _show(found: Validation) -> None:
-    console.table(
-        ("step", "beside", "times as long", "fitted"),
-        [
-            (one, other, f"{times:.2f}", f"{fit:.2f}")
-            for pair in found.rehearsed.pairs
-            for (one, other), times, fit in zip(
-                ((pair.one, pair.other), (pair.other, pair.one)),
-                (pair.one_slower, pair.other_slower),
-                said(found.demands, pair),
-                strict=True,
-            )
-        ],
-        title="Steps on two units at once",
-    )
+    slowed = _slowed(found)
+    if slowed:
+        console.table(
+            ("step", "slowed most by", "times as long", "fitted"), slowed, title="Steps beside another unit's"
+        )
     title = f"{found.scenario}, {found.duration / 1e9:g} s on {', '.join(found.units)}: simulated and real"
     console.table(COLUMNS, [_cells(row) for row in validation.rows(found)], title=title)
     for line in _findings(found):
         console.emit(f"- {line}")
+
+
+def _slowed(found: Validation) -> list[tuple[str, ...]]:
+    """Every kind of step with the one that slows it most."""
+    most: dict[str, tuple[float, float, str]] = {}
+    for pair in found.rehearsed.pairs:
+        one, other = said(found.demands, pair)
+        for kind, by, times, fit in (
+            (pair.one, pair.other, pair.one_slower, one),
+            (pair.other, pair.one, pair.other_slower, other),
+        ):
+            most[kind] = max(most.get(kind, (0.0, 0.0, "")), (times, fit, by))
+    return [(kind, by, f"{times:.2f}", f"{fit:.2f}") for kind, (times, fit, by) in most.items()]
 
 
 def _cells(row: validation.Row) -> tuple[str, ...]:

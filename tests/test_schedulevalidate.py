@@ -277,6 +277,12 @@ def test_units_and_models_that_do_not_fit(model: Path, bundle: Path, known: Path
     refused(r"'chat': .* is not a bundle folder", f"small={model}", f"chat={model}")
 
 
+def test_assets_that_are_not_here_are_named(bundle: Path, known: Path) -> None:
+    read = scenario.parse(SCENARIO.replace('"small"', '"nsnet2"'), "mine.toml")
+    with pytest.raises(FileNotFoundError, match=r"mine.toml: streams.eyes.model: nsnet2 .*; run: rlkit pull nsnet2$"):
+        prepared_ground(read, [str(bundle)], known, None, silent)
+
+
 def test_a_profile_of_another_machine_is_refused(model: Path, bundle: Path, known: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     read = profile.read(known)
