@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,10 @@ pytestmark = pytest.mark.slow
 
 
 def rlkit(*words: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
+    """The command line in a process of its own, on every core: the tests beside it mostly wait for a browser."""
     command = [sys.executable, "-m", "rlkit.apps.cli", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=env)
 
 
 @pytest.fixture(scope="module")
