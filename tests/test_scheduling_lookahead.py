@@ -164,3 +164,10 @@ def test_a_long_run_is_the_same_twice_and_serves_requests() -> None:
     made: Metrics = measure(first)
     assert made.violation_rate < 0.02
     assert sum(each.language.tokens for each in made.streams if each.language) > 0
+
+
+def test_frames_of_streams_that_only_meet_by_chance_are_not_taken_to_follow_each_other() -> None:
+    """Many frames behind one long one: those that come late by jitter appear when another ends, now and then."""
+    quick = [frames(f"q{n}", 10 + n // 2, 0.4, jitter=4 * MS, deadline=30 * MS) for n in range(6)]
+    done = under(seconds(*quick, frames("long", 25, 8, jitter=4 * MS), length=3))
+    assert measure(done).violation_rate < 0.01

@@ -13,7 +13,8 @@ __all__ = ["Habits", "as_asked", "ways_of"]
 
 FETCHED = 1_000_000_000  # ns: frames to come are asked for once a second
 UNKNOWN = 1e8  # ns per token, until a target has been seen
-WITNESSED = 2  # times that a frame appears as another ends, before that counts as a rule
+WITNESSED, MOSTLY = 2, 0.5  # times, and share of times, that a frame appears as another ends, to count as a rule
+AT_ONCE = 100_000  # ns between an end and what it brings
 ENOUGH = 0.8  # of the time until its deadline: a unit that takes no more is an alternative for a frame
 FLEXIBLE = 0.25  # need of a frame that has an alternative which takes endlessly longer
 CHEAP = 0.02  # price of a unit that nobody needs
@@ -44,6 +45,7 @@ class Habits:
     __slots__ = (
         "_arrivals",
         "_begun",
+        "_came",
         "_children",
         "_coming",
         "_due",
@@ -69,6 +71,7 @@ class Habits:
         self._ways: dict[int, tuple[object, Ways]] = {}
         self._newest: dict[int, int] = {}  # by stream: the last frame seen
         self._running: list[Job | None] = []
+        self._came: dict[int, int] = defaultdict(int)  # by stream: frames seen to come
         self._ended: dict[int, int] = defaultdict(int)  # by stream: frames seen to end
         self._votes: dict[tuple[int, int], int] = defaultdict(int)  # (stream, the one before): times witnessed
         self._parents: dict[int, int] = {}
@@ -87,7 +90,8 @@ class Habits:
                 surprise |= self._see_request(job, state.now)
             elif job.index > self._newest.get(job.stream, -1):
                 self._newest[job.stream] = job.index
-                if ended:
+                self._came[job.stream] += 1
+                if ended and state.now - job.arrival <= AT_ONCE:
                     self._witness(job, ended)
         return surprise
 
@@ -106,16 +110,24 @@ class Habits:
         self._running[unit] = job
 
     def _witness(self, job: Job, ended: list[Job]) -> None:
-        """A frame that came later than its time: as the frame of the same number of another stream ended?"""
+        """A frame came later than its time: as the one of the same number of another stream ended, and mostly so?"""
         due = self._due.get(job.stream)
-        if due is None or job.arrival <= job.deadline - due:
+        if due is None or job.arrival <= job.deadline - due or job.stream in self._parents:
             return
         for other in ended:
-            if other.index == job.index and other.stream != job.stream:
-                self._votes[job.stream, other.stream] += 1
-                if self._votes[job.stream, other.stream] == WITNESSED:
+            if (other.index, other.period) == (job.index, job.period) and job.stream not in self._before(other.stream):
+                pair = job.stream, other.stream
+                self._votes[pair] += 1
+                if self._votes[pair] >= max(WITNESSED, MOSTLY * self._came[job.stream]):
                     self._parents[job.stream] = other.stream
                     self._children[other.stream] = job.stream
+
+    def _before(self, stream: int) -> Iterator[int]:
+        """A stream and those that it comes after."""
+        yield stream
+        while stream in self._parents:
+            stream = self._parents[stream]
+            yield stream
 
     def _see_request(self, job: Job, now: int) -> bool:
         steps = self._begun.get(job.number, (0.0, -2))[1]
@@ -166,7 +178,7 @@ class Habits:
         if stream is None:
             return None
         due = deadline - self._due[parent] + self._due[stream]
-        chance = min(1.0, self._votes[stream, parent] / max(1, self._ended[parent]))
+        chance = min(1.0, self._came[stream] / max(1, self._ended[parent]))
         claim = self.frame(stream, due, self.ways(stream, self._frames[stream]))
         return claim._replace(weight=chance)
 
