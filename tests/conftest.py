@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
-    """Leave what imports made out of garbage collection: rlkit collects after each stage, and would go through torch."""
+    """Leave what imports made out of garbage collection: rlkit collects after each stage, all of torch each time."""
     gc.collect()
     gc.freeze()
     gc.enable()
