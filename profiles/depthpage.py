@@ -17,7 +17,7 @@ from rlkit.profiles import depthpictures
 from rlkit.profiles.depthmetrics import DepthScore, StereoScore
 from rlkit.profiles.depthpictures import Range
 from rlkit.profiles.depthresult import HIGHER_IS_BETTER, Bar, DepthResult, Picture, Row, Score, Suite
-from rlkit.profiles.svg import Frame, Scale, line, mark, nice, path, powers, words
+from rlkit.profiles.svg import Frame, Scale, line, mark, path, powers, words
 from rlkit.profiles.table import Table
 from rlkit.recover.atomic import write_text
 from rlkit.recover.depthfile import Kind
@@ -30,6 +30,7 @@ COLUMNS = {
 }
 CHART = (520.0, 330.0)
 ON, OFF = 0, 1  # series of the frontier, and of what is behind it
+NARROW = 4.0  # times the smallest
 CLOSE = 14.0  # pixels between two lines of text
 
 
@@ -222,11 +223,8 @@ def _chart(
         return
     flat = [(factor * y, row) for row in suite.rows if row.baseline and (y := suite.leading(row)) is not None]
     frame = Frame(*CHART, left=52, top=44, bottom=46, right=70)
-    ends = [y for _, y, _ in known] + [y for y, _ in flat]
-    room = max(0.08 * (max(ends) - min(ends)), 1e-3 * factor)
-    step = nice((max(ends) - min(ends) + 2 * room) / 5)
-    up = Scale(max(min(ends) - room, 0.0 if min(ends) >= 0 else min(ends) - step), max(ends) + room, *frame.y)
-    right = powers([x for x, _, _ in known], *frame.x)
+    up = _upward(frame, [y for _, y, _ in known], [y for y, _ in flat])
+    right = _across(frame, [x for x, _, _ in known])
     parts = [words(12, 16, FIGURES[suite.kind], "start", "h"), *frame.rows(up)]
     parts += frame.columns(right, right.ticks(), number)
     parts.append(words(sum(frame.x) / 2, frame.height - 8, across, "middle", "a"))
@@ -237,23 +235,47 @@ def _chart(
     for x, y, row in sorted(known, key=lambda each: each[2].name not in best):
         told = f"{row.name}: {number(x)}, {y:.4g}"
         parts.append(mark(right(x), up(y), ON if row.name in best else OFF, told, 5.0))
-        parts += _label(right(x), up(y), row.name, taken)
+        parts += _label(right(x) + 8, up(y) + (16 if HIGHER_IS_BETTER[suite.kind] else -6), row.name, taken)
     described = "; ".join(f"{row.name} {number(x)}, {y:.4g}" for x, y, row in known)
     yield f"<div>{frame.drawn(parts, f'{FIGURES[suite.kind]} over {across}: {described}')}</div>"
 
 
+def _upward(frame: Frame, ends: Sequence[float], flat: Sequence[float]) -> Scale:
+    """From the worst network to the best, and to those baselines that leave the networks half of the height."""
+    low, high = min(ends), max(ends)
+    reach = max(high - low, 0.02 * high)
+    near = [y for y in flat if low - reach <= y <= high + reach]
+    low, high = min(low, *near) if near else low, max(high, *near) if near else high
+    room = max(0.1 * (high - low), 0.005 * high, 1e-4)
+    return Scale(low - room, high + room, *frame.y)
+
+
+def _across(frame: Frame, ends: Sequence[float]) -> Scale:
+    """Powers, or even steps where all is within a factor of NARROW."""
+    if max(ends) > NARROW * min(ends):
+        return powers(ends, *frame.x)
+    room = max(0.1 * (max(ends) - min(ends)), 0.02 * max(ends))
+    return Scale(min(ends) - room, max(ends) + room, *frame.x)
+
+
 def _baselines(frame: Frame, up: Scale, flat: Sequence[tuple[float, Row]]) -> Iterator[str]:
+    """Dashed lines; at an edge, as words alone, what is beyond the scale."""
+    beyond = {True: frame.top + CLOSE - 2, False: frame.height - frame.bottom - 4}  # above, below
     for y, row in flat:
-        yield line(frame.left, up(y), frame.width - frame.right, up(y), "even")
-        yield words(frame.left + 4, up(y) - 4, f"{row.name} {y:.3g}", "start", "a")
+        if up.low <= y <= up.high:
+            yield line(frame.left, up(y), frame.width - frame.right, up(y), "even")
+            yield words(frame.left + 4, up(y) - 4, f"{row.name} {y:.3g}", "start", "a")
+            continue
+        above = y > up.high
+        yield words(frame.left + 4, beyond[above], f"{'↑' if above else '↓'} {row.name} {y:.3g}", "start", "a")
+        beyond[above] += CLOSE if above else -CLOSE
 
 
 def _label(x: float, y: float, name: str, taken: list[tuple[float, float]]) -> Iterator[str]:
-    """A mark's name beside it, where no other name is."""
-    at = x + 8, y - 6
-    if all(abs(at[1] - other[1]) >= CLOSE or abs(at[0] - other[0]) > 7.0 * len(name) for other in taken):
-        taken.append(at)
-        yield words(*at, name, "start", "r")
+    """A mark's name, where no other name is; beside the frontier, which rises or falls."""
+    if all(abs(y - other[1]) >= CLOSE or abs(x - other[0]) > 7.0 * len(name) for other in taken):
+        taken.append((x, y))
+        yield words(x, y, name, "start", "r")
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
