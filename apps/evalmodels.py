@@ -27,7 +27,7 @@ from rlkit.recover.progress import Tell, silent
 from rlkit.recover.source import Source, SourceKind
 from rlkit.runtime.thoughts import OPEN, opens_thought
 
-NO_TEMPLATE, NO_ROOM = "a model without a chat template", "a message that leaves no room for a reply"
+NO_TEMPLATE, NO_ROOM = "a model without a chat template for a message", "a message that leaves no room for a reply"
 FLOAT32_PARAMETERS = 400_000_000  # as of recover/model.py, which needs torch
 MANNERS = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json")
 

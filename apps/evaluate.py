@@ -56,9 +56,10 @@ def run_eval(  # noqa: PLR0913, one parameter per option of the command
 ) -> None:
     """Accuracy of models on real benchmarks, with 95 % intervals; KL, agreement and perplexity against a reference.
 
-    The standard set is nine tasks in distribution and three out of it (docs/tasks.md). What is computed is kept by
-    item: an interrupted run goes on, and another run with the same reference reuses its results. With --against and
-    --quantized: recovery = (recovered - quantized) / (full - quantized).
+    The standard set is nine tasks in distribution and three out of it (docs/tasks.md); gsm8k-gen and mmlu-gen ask
+    instruct models in a chat and look for the answer in the reply. What is computed is kept by item: an interrupted run
+    goes on, and another run with the same reference reuses its results. With --against and --quantized: recovery =
+    (recovered - quantized) / (full - quantized).
 
     Example: rlkit eval bundles/w4 --tasks arc_easy,hellaswag --limit 200
 

@@ -147,7 +147,7 @@ def scorer_for(  # noqa: PLR0913, the ways of running a model
 
 
 def _bundle(found: Source, workers: int, threads: int | None, kv: str | None, adapter: str | None) -> Judge:
-    from rlkit.runtime.bundlescorer import BundleScorer, prompt_text
+    from rlkit.runtime.bundlescorer import BundleScorer
     from rlkit.runtime.folder import read_bundle
 
     config, _manifest = read_bundle(found.path, threads)
@@ -157,13 +157,23 @@ def _bundle(found: Source, workers: int, threads: int | None, kv: str | None, ad
     mark = fingerprint(found, f"kv={kv or 'float'}", adapter)
     vocab = int(config["model"]["vocab_size"])
     facts = Facts(found.reference, "bundle", mark, scorer.context_length, vocab, "cpu", "")
-    return Judge(scorer, scorer.replies, functools.partial(prompt_text, found.path), tokens, facts, stack)
+    return Judge(scorer, scorer.replies, scorer.prompt, tokens, facts, stack)
 
 
 def _torch(found: Source, device: str, dtype: str | None, workers: int, threads: int | None) -> Judge:
-    from rlkit.recover.torchscorer import tokenizer_of
+    from rlkit.recover.torchscorer import CPU_REPLIES, DEVICE_REPLIES, TorchWorker, placed, tokenizer_of
 
-    tokenizer = tokenizer_of(found)
+    stack = ExitStack()
+    worker: TorchWorker | _Several
+    if workers == 1:
+        model, tokenizer = _loaded(found)
+        worker = TorchWorker(placed(model, device, dtype, threads))
+    else:
+        tokenizer = tokenizer_of(found)
+        each = threads or max(1, cores.default_threads() // workers)
+        together = CPU_REPLIES if device == "cpu" else DEVICE_REPLIES
+        worker = _Several(functools.partial(_torch_worker, found, device, dtype, each), workers, together)
+        stack.callback(worker.close)
     tokens = Tokens(
         lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
         lambda text: list(tokenizer.encode(text)),
@@ -171,14 +181,6 @@ def _torch(found: Source, device: str, dtype: str | None, workers: int, threads:
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
     )
-    stack = ExitStack()
-    worker: TorchWorker | _Several
-    if workers == 1:
-        worker = _torch_worker(found, device, dtype, threads, None)
-    else:
-        each = threads or max(1, cores.default_threads() // workers)
-        worker = _Several(functools.partial(_torch_worker, found, device, dtype, each), workers)
-        stack.callback(worker.close)
     try:
         length, vocab, place, kind = worker.facts()
     except BaseException:
@@ -192,8 +194,8 @@ def _torch(found: Source, device: str, dtype: str | None, workers: int, threads:
 class _Several:
     """Torch models in processes of their own."""
 
-    def __init__(self, opening: Callable[[int], Worker], workers: int) -> None:
-        self._pool = ScorerPool(opening, workers)
+    def __init__(self, opening: Callable[[int], Worker], workers: int, together: int) -> None:
+        self._pool = ScorerPool(opening, workers, together)
         self.close, self.replies = self._pool.close, self._pool.replies
         self._facts: tuple[int, int, str, str] | None = None
 
@@ -213,16 +215,19 @@ class _Several:
         return self._pool.score(pairs, self.context_length)
 
 
-def _torch_worker(
-    found: Source, device: str, dtype: str | None, threads: int | None, number: int | None
-) -> TorchWorker:
-    """The model, loaded: in process `number` of several, or in this one."""
+def _loaded(found: Source) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
     from rlkit.recover.checkpoint import load_checkpoint
     from rlkit.recover.model import load_model
+
+    return load_checkpoint(found.path) if found.kind is SourceKind.CHECKPOINT else load_model(found)
+
+
+def _torch_worker(found: Source, device: str, dtype: str | None, threads: int, number: int) -> TorchWorker:
+    """The model of process `number`."""
     from rlkit.recover.torchscorer import TorchWorker, placed, spread
 
-    model, _tokenizer = load_checkpoint(found.path) if found.kind is SourceKind.CHECKPOINT else load_model(found)
-    return TorchWorker(placed(model, device if number is None else spread(device, number), dtype, threads))
+    return TorchWorker(placed(_loaded(found)[0], spread(device, number), dtype, threads))
 
 
 def _prompt_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from rlkit.recover.likelihood import Continuation, Pair, asks_of
 
 PORTIONS = 4  # for each worker and call, so that none is left with a long one alone
-TOGETHER = 8  # prompts that a process is given at once
 
 
 class Worker(Protocol):
@@ -31,12 +30,12 @@ class Worker(Protocol):
 class ScorerPool:
     """`workers` processes, each with what `opening`, called there with its number, makes; that must be picklable.
 
-    Close it, or use it in a with statement, so that its processes end.
+    A process is given `together` prompts at once. Close it, or use it in a with statement, so that its processes end.
     """
 
-    def __init__(self, opening: Callable[[int], Worker], workers: int) -> None:
+    def __init__(self, opening: Callable[[int], Worker], workers: int, together: int = 8) -> None:
         context = multiprocessing.get_context("spawn")
-        self._workers = workers
+        self._workers, self._together = workers, together
         self._pool: ProcessPoolExecutor | None = ProcessPoolExecutor(
             workers, context, _begin, (opening, context.Value("i", 0))
         )
@@ -62,7 +61,7 @@ class ScorerPool:
     def replies(self, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
         """As a worker's; prompts of about the same length go to a process together."""
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
-        shares = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
+        shares = [order[start : start + self._together] for start in range(0, len(order), self._together)]
         asked = {
             self._submit("listed", [list(prompts[n]) for n in share], [most[n] for n in share]): share
             for share in shares

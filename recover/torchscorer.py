@@ -20,7 +20,7 @@ from rlkit.recover.source import Source
 
 CPU_IDS = 512  # of one pass; more gain nothing there, and logits over a vocabulary of 150,000 take 314 MB
 DEVICE_IDS = 16384
-CPU_PASS, DEVICE_PASS = 6, 4096  # what a pass costs beside its ids, in ids: reading the weights, starting kernels
+CPU_PASS, DEVICE_PASS = 16, 4096  # what a pass costs beside its ids, in ids: reading the weights, starting kernels
 LOGITS_NBYTES = 2**30  # of one pass on a device
 CPU_REPLIES, DEVICE_REPLIES = 8, 32  # written at a time: the weights are read once for all of them
 
@@ -269,9 +269,12 @@ def tokenizer_of(source: Source) -> Any:
     """The tokenizer of a folder or .gguf file, without its model. Raises ValueError where it cannot be read."""
     from transformers import AutoTokenizer
 
+    from rlkit.recover.model import quiet_transformers
+
     extra: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False, **extra)
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False, **extra)
     except (OSError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"the tokenizer of {source.reference} cannot be loaded: {first}; fetch it again") from error

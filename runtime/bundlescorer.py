@@ -208,6 +208,7 @@ class BundleScorer:
         self._pool: ScorerPool | None = None
         self._alone: Likelihood | None = None
         self._session: Session | None = None
+        self._tokenizer: Any = None
         if workers == 1:
             self._alone = Likelihood(open_reader(bundle, threads=threads, kv=kv, adapter=adapter))
             return
@@ -246,6 +247,20 @@ class BundleScorer:
             made = self._session.generate(prompts[number], most[number], adapter=self._adapter)
             yield number, [token.id for token in made]
 
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages ({"role", "content"}) as the text of the bundle's chat template, ready for the reply.
+
+        No model is opened for it. Raises ValueError where there is no template that takes them.
+        """
+        import onnxruntime_genai as og
+
+        try:
+            self._tokenizer = self._tokenizer or og.Tokenizer(str(self._bundle))
+            return str(self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True))
+        except Exception as error:  # the library raises bare RuntimeError and its own kinds
+            why = f"{self._bundle} has no chat template that takes these messages ({first_line(error)})"
+            raise ValueError(f"{why}; give a plain prompt") from error
+
     def close(self) -> None:
         """End the processes and give the memory back."""
         if self._pool is not None:
@@ -268,17 +283,3 @@ class BundleScorer:
 
 def _worker(bundle: Path, threads: int, kv: str | None, adapter: str | None, _number: int) -> BundleScorer:
     return BundleScorer(bundle, threads=threads, kv=kv, adapter=adapter)
-
-
-def prompt_text(bundle: Path, messages: Sequence[Mapping[str, str]]) -> str:
-    """Messages ({"role", "content"}) as the text of a bundle's chat template, ready for the reply; no model is opened.
-
-    Raises ValueError where there is no template that takes them.
-    """
-    import onnxruntime_genai as og
-
-    try:
-        tokenizer = og.Tokenizer(str(bundle))
-        return str(tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True))
-    except Exception as error:  # the library raises bare RuntimeError and its own kinds
-        raise ValueError(f"{bundle} has no chat template that takes these messages ({first_line(error)})") from error

@@ -66,6 +66,7 @@ LIGHT_RECOVER = [
     "recipe",
     "rectified",
     "scenes",
+    "scorerpool",
     "source",
     "texture",
     "upload",

@@ -72,6 +72,7 @@ def test_torch_and_bundle_reply_the_same(forms: dict[str, Path], one: str, other
     assert all(0 < len(reply) <= 12 for reply in made[0])
 
 
+@pytest.mark.slow  # each process imports torch
 def test_several_processes_say_the_same(forms: dict[str, Path]) -> None:
     asked, found = pairs(forms["hf"]), []
     for workers in (1, 2):
