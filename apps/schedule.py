@@ -78,7 +78,7 @@ def schedule(  # noqa: PLR0913, one parameter per option of the command
     Example: rlkit schedule video-conferencing --device max395 --explore --rates 1,1.5,2 --policies edf,lookahead
     """
     space = Space(
-        policies=schedulerun.policies(policies or (VALIDATED if validate else ALL)),
+        policies=schedulerun.policies((VALIDATED if validate else ALL) if policies is None else policies),
         seeds=_whole("--seeds", (1 if validate else SEEDS) if seeds is None else seeds, 1, MOST_SEEDS),
         factors=schedulerun.factors(rates),
         most=_whole("--assignments", assignments, 1, MOST_ASSIGNMENTS) if explored else 1,
@@ -152,7 +152,7 @@ def _finish(asked: Asked, made: Comparison, files: _Files, *, json: bool) -> Non
         return
     for table in comparison.tables(made):
         console.table(table.columns, table.rows, title=table.title)
-    console.emit(comparison.NOTE)
+    console.emit(comparison.overview(made).note)
     _say([*comparison.findings(made), comparison.READING, *made.prepared.notes, *made.prepared.skipped])
     _say_files(files)
 

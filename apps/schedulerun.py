@@ -43,7 +43,7 @@ class Where:
     units: str | None = None
     file: Path | None = None
 
-    def costs(self, scenario: Scenario) -> Costs:
+    def costs(self) -> Costs:
         """What steps cost there. ValueError for a device that is not known, or a profile of another machine."""
         if self.profile is not None:
             if self.device not in (None, devices.HERE):
@@ -59,7 +59,7 @@ class Where:
         if ":" in self.device:
             raise ValueError(f"--device {self.device!r}: schedules use all units of a device; leave the unit away")
         found, _unit = devices.find(self.device, devices.load(self.file))
-        return Forecast(found, scenario.models)
+        return Forecast(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Asked:
 
     def prepared(self, factor: float = 1.0) -> Prepared:
         """The scenario on the device."""
-        return prepare(vary.faster(self.scenario, factor), self.where.costs(self.scenario))
+        return prepare(vary.faster(self.scenario, factor), self.where.costs())
 
     def farm(self, runs: int) -> AbstractContextManager[Farm]:
         """What simulates so many runs; it keeps what it did."""
@@ -127,22 +127,19 @@ def factors(text: str) -> tuple[float, ...]:
 
 def compared(asked: Asked, factor: float, tell: Tell) -> Comparison:
     """Every policy on every seed."""
-    prepared = asked.prepared(factor)
+    costs = asked.where.costs()
+    prepared = prepare(vary.faster(asked.scenario, factor), costs)
     tasks = [Task(prepared, seed, name) for seed in range(asked.seeds) for name in asked.names]
     with asked.farm(len(tasks)) as farmed:
         found = simulate(farmed, tasks, tell=tell)
     count = len(asked.names)
     summaries = tuple(summarize(found[place::count]) for place in range(count))
-    return Comparison(prepared, _device(asked, prepared), factor, tuple(range(asked.seeds)), summaries, about())
-
-
-def _device(asked: Asked, prepared: Prepared) -> str:
-    return asked.where.costs(prepared.scenario).name
+    return Comparison(prepared, costs.name, factor, tuple(range(asked.seeds)), summaries, about())
 
 
 def swept(asked: Asked, space: Space, tell: Tell) -> Explored:
     """Every point of a space."""
-    costs = asked.where.costs(asked.scenario)
+    costs = asked.where.costs()
     with asked.farm(space.runs) as farmed:
         return explore.explore(asked.scenario, costs, space, farmed, tell=tell, about=about())
 

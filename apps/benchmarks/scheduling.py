@@ -112,8 +112,7 @@ def _bar(what: str, value: float, met: bool) -> dict[str, Any]:
 
 
 def _prepared(name: str, device: str) -> Prepared:
-    scenario = scenariofiles.load(name)
-    return prepare(scenario, Forecast(devices.find(device)[0], scenario.models))
+    return prepare(scenariofiles.load(name), Forecast(devices.find(device)[0]))
 
 
 def policies(wanted: Wanted, tell: Tell) -> dict[str, Any]:

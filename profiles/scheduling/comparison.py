@@ -113,6 +113,9 @@ def spread_lines(rates: Mapping[str, float]) -> Iterator[str]:
     """The spread, beside the paper's."""
     some = five(rates)
     made = spread(some)
+    if not made.highest:
+        yield f"no violations under {', '.join(some)}"
+        return
     who = "the five" if len(some) < len(rates) or set(some) == set(FIVE) else "these policies"
     ends = f"{percent(made.lowest)} % ({made.best}) to {percent(made.highest)} % ({made.worst})"
     apart = f"{made.points:.1f} points, {percent(made.relative)} % of the highest (the paper's: {percent(PAPER)} %)"
@@ -134,10 +137,20 @@ def overview(found: Comparison) -> Table:
     known = any(one.energy_joules is not None for one in found.summaries)
     energy = ("energy, J",) if known else ()
     score = "XRBench" if all(one.xrbench is not None for one in found.summaries) else "XRBench, no energy"
-    busy = f"busy, %: {'/'.join(units)}"
-    columns = ("policy", "violated, %", "of all, %", "TTFT, s", "TPOT, ms", "tokens/s", "dropped", busy, *energy, score)
+    columns = (
+        "policy",
+        "violated, %",
+        "of all, %",
+        "TTFT, s",
+        "TPOT, ms",
+        "tokens/s",
+        "dropped",
+        "busy, %",
+        *energy,
+        score,
+    )
     rows = tuple(_row(one, known, score) for one in found.summaries)
-    return Table(titled(found), *_without_empty(columns, rows), NOTE)
+    return Table(titled(found), *_without_empty(columns, rows), f"{NOTE} Busy: {'/'.join(units)}.")
 
 
 def titled(found: Comparison) -> str:

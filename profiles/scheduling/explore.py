@@ -10,7 +10,7 @@ Simulations run wherever the `Farm` is (`farm.py`): what comes out is the same, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rlkit.profiles.scheduling import comparison, vary
@@ -189,7 +189,8 @@ def explore(
 ) -> Explored:
     """Sweep, then improve. ValueError for a scenario that the device cannot run as it is."""
     base = prepare(scenario, costs)
-    sweep = _Sweep(scenario, costs, space, farm, tell)
+    # The scenario's own models once for all, and not for each assignment.
+    sweep = _Sweep(replace(scenario, models={}), costs.having(scenario.models), space, farm, tell)
     tried = vary.assignments(base, space.most)
     sweep.add("sweep", [(one, factor, space.policies) for one in tried for factor in space.factors])
     where = vary.choices(base.base)
