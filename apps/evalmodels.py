@@ -9,7 +9,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Candidate:
     model: Source
     ways: Ways
     adapter: str | None = None
+    _known: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # reading large files takes a while
 
     @property
     def facts(self) -> dict[str, str]:
@@ -72,8 +73,11 @@ class Candidate:
     @property
     def identity(self) -> str:
         """Changes with its weights, tokenizer and graph, and with what it computes in; not with threads or workers."""
-        how = {key: value for key, value in self.facts.items() if key != "adapter"} | {"reference": ""}
-        return fingerprint(self.model, " ".join(f"{key}={value}" for key, value in sorted(how.items())), self.adapter)
+        told = {key: value for key, value in self.facts.items() if key != "adapter"} | {"reference": ""}
+        how = " ".join(f"{key}={value}" for key, value in sorted(told.items()))
+        if how not in self._known:
+            self._known[how] = fingerprint(self.model, how, self.adapter)
+        return self._known[how]
 
     @property
     def manner(self) -> str:

@@ -260,6 +260,10 @@ class _Run:
                 self._store.add(self._subject, task, [said])
                 known[said.id] = said
             self._tell(Progress(stage, done, total, f"{done}/{total} replies"))
+        if silent_on := missing.keys() - known.keys() - left.keys():
+            raise ValueError(
+                f"the model replied to all but {len(silent_on)} of {total} messages; it must reply to each"
+            )
         return left
 
 

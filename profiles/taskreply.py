@@ -23,7 +23,7 @@ from rlkit.profiles.taskscore import NO_GOLD, Verdict
 from rlkit.runtime.thoughts import CLOSE, OPEN
 
 ANSWER = re.compile(r"(?i:answer\s*(?:is\b|:))|####|\\boxed")
-NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 OPENING = r"[\s:*(\[{\"'$]*(?:\\\w+\{)*\(?"  # marks before a letter: bold, brackets, LaTeX
 NAMED = re.compile(rf"(?:(?i:answer(?:\s+is\b|\s*:))|\\boxed){OPENING}([A-J])\b")
 FIRST = re.compile(rf"{OPENING}([A-J])(?:[\s*)\]}}\"'$]*$|[).:,*\]\"']|\s*\n)")
@@ -77,7 +77,7 @@ def _number(text: str, *, ended: bool) -> str | None:
 
 def _value(number: str) -> str:
     """A number in the one way of writing it."""
-    bare = Decimal(number.replace(",", "").replace("$", "").replace(" ", ""))
+    bare = Decimal(number.replace(",", "").replace("$", ""))
     return f"{bare.normalize() + 0:f}"  # + 0: no negative zero
 
 

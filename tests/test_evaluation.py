@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from rlkit.profiles import taskask
 from rlkit.profiles.evaluation import Store, Subject, calibration, evaluate, sized, together
 from rlkit.profiles.taskask import NO_START, TOO_LONG, Tokens
 from rlkit.profiles.taskitem import Item, Rule
+from rlkit.profiles.taskreply import Said
 from rlkit.profiles.taskscore import EMPTY, NO_GOLD
 from rlkit.recover.progress import Progress
 
@@ -370,6 +371,15 @@ def test_replies_are_kept_one_by_one(store: Store) -> None:
     rest = Speaker(lambda *_: -1.0, replied=told)
     (result,) = evaluate([task], rest.subject(), store)
     assert (result.reused, len(rest.asked)) == (5, 7)
+
+
+def test_a_model_that_skips_messages_is_refused(store: Store) -> None:
+    class Absent(Speaker):
+        def replies(self, texts: Mapping[str, str], most: int) -> Iterator[Said]:
+            yield from list(super().replies(texts, most))[1:]
+
+    with pytest.raises(ValueError, match="all but 1 of 12 messages"):
+        evaluate([benchmarks.task(ASKED, rule=Rule.NUMBER)], Absent(lambda *_: -1.0, replied=told).subject(), store)
 
 
 def test_what_cannot_be_asked_is_left_out_and_never_wrong(store: Store) -> None:

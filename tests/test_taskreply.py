@@ -24,6 +24,8 @@ from rlkit.profiles.taskscore import NO_GOLD
         ("it is 16-3", "3"),
         ("half of it, .50", "0.5"),
         ("zero: -0.00", "0"),
+        ("one of 1,2,3", "3"),
+        ("about 12,345,678.90, it seems", "12345678.9"),
         ("The answer is not known", None),
         ("The answer is unknown, though 5 are there", "5"),
         ("<think>the answer is 4</think>The answer is 5.", "5"),
