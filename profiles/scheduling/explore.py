@@ -109,8 +109,7 @@ class Explored:
 
     def best(self, factor: float, policy: str) -> Point:
         """The assignment with the fewest violations, the freest of equals."""
-        found = self.at(factor, policy)
-        return min(found, key=lambda one: (one.summary.rate, one.summary.pooled, len(one.assignment.units)))
+        return min(self.at(factor, policy), key=_order)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -132,6 +131,11 @@ class Explored:
             "left_out": list(self.left_out),
             "notes": [*self.notes, READING],
         }
+
+
+def _order(one: Point) -> tuple[float, float, int]:
+    """By violations; of equals the one that leaves models most of their units."""
+    return one.summary.rate, one.summary.pooled, len(one.assignment.units)
 
 
 @dataclass(slots=True)
@@ -253,7 +257,7 @@ def _spreads(found: Explored) -> Table:
 def findings(found: Explored) -> Iterator[str]:
     """What the numbers say, in sentences."""
     for factor in found.space.factors:
-        best = min((found.best(factor, policy) for policy in found.space.policies), key=lambda one: one.summary.rate)
+        best = min(found.at(factor), key=_order)
         at = f"rate x {factor:g}: " if len(found.space.factors) > 1 else ""
         yield f"{at}the fewest violations, {percent(best.summary.rate)} %: {best.policy}, {best.assignment.name}"
         if len(found.space.policies) > 1:

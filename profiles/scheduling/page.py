@@ -54,8 +54,12 @@ def sweep_to_html(found: Explored) -> str:
         sections.insert(0, _section("Over rates", "Violated, %, every model on any unit.", _over_rates(found)))
     sections += [_section(table.title, table.note, _table(table)) for table in explore.tables(found)]
     lines = [*explore.findings(found), READING]
-    title = f"{found.scenario.title}: {found.device}, {found.scenario.duration / 1e9:g} s, {found.space.seeds} seeds"
+    title = f"{found.scenario.title}: {found.device}, {found.scenario.duration / 1e9:g} s, {_seeds(found)}"
     return _page(title, lines, sections, [*found.about, *found.notes, *found.left_out], streams=[], until=0.0)
+
+
+def _seeds(found: Explored) -> str:
+    return f"{found.space.seeds} seed{'s' * (found.space.seeds > 1)}"
 
 
 def _page(
@@ -248,4 +252,5 @@ def _table(table: Table) -> str:
 
 
 def _cell(cell: str) -> str:
-    return f"<td{' class=long' * (len(cell) > 30)}>{_text(cell)}</td>"
+    name = ' class="long"' if len(cell) > 30 else "" if cell[:1] in "0123456789+-" else ' class="left"'
+    return f"<td{name}>{_text(cell)}</td>"
