@@ -62,6 +62,7 @@ COMMANDS = {
     "compare": Command("rlkit.apps.compare:compare", "Put the forecast beside what a bundle does here.", "Know"),
     "eval": Command("rlkit.apps.evaluate:run_eval", "Measure accuracy on benchmarks, and recovery.", "Know"),
     "lm-eval": Command("rlkit.apps.lmeval:harness", "Run lm-evaluation-harness on a bundle.", "Know", foreign=True),
+    "depth": Command("rlkit.apps.depth:app", "Depth networks: train, make smaller, export, measure.", "Make"),
     "kv": Command("rlkit.apps.frontier:frontier", "Find the frontier of memory and accuracy over KV caches.", "Know"),
     "calibrate": Command("rlkit.apps.calibrate:calibrate", "Measure this machine, for forecasts.", "Know"),
     "devices": Command("rlkit.apps.devices:devices", "What is known of processors, with every source.", "Know"),
@@ -91,6 +92,9 @@ def build(arguments: Sequence[str]) -> typer.Typer:
         described = command.line if function is _elsewhere else None
         settings = {"ignore_unknown_options": command.foreign}
         shown: dict[str, Any] = {"help": described, "short_help": command.line, "rich_help_panel": command.panel}
+        if isinstance(function, typer.Typer):  # a command that has commands
+            app.add_typer(function, name=name, **shown)
+            continue
         app.command(name, context_settings=settings, **shown)(function)
     return app
 

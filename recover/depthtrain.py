@@ -126,6 +126,17 @@ def train(
     return _steps(run, done, seconds, file)
 
 
+def losses(
+    network: nn.Module, samples: Samples, plan: Training, scale: LogScale | None, count: int
+) -> Iterator[torch.Tensor]:
+    """The losses of some batches towards the truth, with gradients, the network being in the mode it is in."""
+    for step in range(count):
+        shown = depthbatches.batch(samples, plan.cut, step, scale).to(next(network.parameters()).device)
+        said = network(*shown.images)
+        loss = depthloss.stereo if scale is None else depthloss.mono
+        yield loss(said, shown.truth, shown.valid)
+
+
 def fold(steps: Iterator[Step], plan: Training, stage: str, tell: Tell = silent) -> dict[str, Any]:
     """Take all steps, telling how far they are; the facts of the training as JSON values."""
     losses: list[float] = []
