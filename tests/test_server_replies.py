@@ -197,9 +197,9 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(
 def _places(address: str) -> int:
     try:
         now = stats(address)
-    except TypeError:  # the bundle is not open yet
+        return int(now["active"] + now["waiting"])
+    except TypeError:  # the bundle is not open yet, or has no engine yet
         return 0
-    return int(now["active"] + now["waiting"])
 
 
 def _asking(address: str, body: dict[str, Any]) -> socket.socket:
