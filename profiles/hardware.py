@@ -18,7 +18,7 @@ BASES = ("measured", "derived", "quoted")
 UNITS = ("cpu", "igpu", "npu", "gpu")
 DATA_TYPES = ("fp32", "fp16", "bf16", "bfp16", "fp8", "int8", "int4")
 # The kinds of profiles.step.Kind: what efficiencies are measured for.
-CLASSES = ("linear", "adapter", "attention", "norm", "elementwise", "embedding", "experts")
+CLASSES = ("linear", "adapter", "attention", "norm", "elementwise", "embedding", "experts", "conv")
 # A type without a rate of its own is computed in the first of these that has one, since each holds all its values.
 WIDER = {
     "int4": ("int8", "fp16", "bf16", "fp32"),

@@ -22,7 +22,7 @@ UNCALIBRATED, CALIBRATED = "uncalibrated", "calibrated"
 # What units multiply in: numbers that are floats, and packed weights. CPU kernels of packed weights (accuracy level 4)
 # make int8 of the activations; the others make floats of the weights.
 TYPES = {"cpu": ("fp32", "int8"), "igpu": ("fp16", "fp16"), "gpu": ("fp16", "fp16"), "npu": ("bf16", "bf16")}
-PRODUCTS = (Kind.LINEAR, Kind.EXPERTS, Kind.ADAPTER)
+PRODUCTS = (Kind.LINEAR, Kind.EXPERTS, Kind.ADAPTER, Kind.CONV)
 PACKED_BITS = 8  # the widest codes
 STRAIGHT = 1e-5
 
@@ -251,6 +251,7 @@ def _origin(value: Value) -> str:
 # A class that was not measured goes at the shares of one that does the like.
 LIKE = {
     Kind.EXPERTS: (Kind.LINEAR,),
+    Kind.CONV: (Kind.LINEAR,),
     Kind.ADAPTER: (Kind.LINEAR,),
     Kind.EMBEDDING: (Kind.ELEMENTWISE, Kind.NORM),
     Kind.NORM: (Kind.ELEMENTWISE,),
@@ -318,7 +319,9 @@ class Calibrated(Bounds):
             f"{CALIBRATED} on {self.date}: shares of peak and bandwidth as measured for {measured}",
             *self.peaks.notes,
         ]
-        unmeasured = [str(kind) for kind in Kind if kind not in self.shares]
+        unmeasured = [
+            str(kind) for kind in Kind if kind not in self.shares and kind != Kind.CONV
+        ]  # no language model has any
         if unmeasured:
             lines.append(f"not measured: {', '.join(unmeasured)}; they go at the shares of the class most like them")
         lines.append(f"starting an operator takes {1e6 * self.peaks.dispatch_seconds:.1f} us")

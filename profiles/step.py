@@ -18,6 +18,7 @@ class Kind(StrEnum):
     ATTENTION = "attention"
     ELEMENTWISE = "elementwise"
     EXPERTS = "experts"
+    CONV = "conv"
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,11 @@ class Frame:
         """Compute one frame, outputs included."""
         self._session.run_with_iobinding(self._binding)
 
+    def recorded(self) -> list[dict[str, Any]]:
+        """End profiling: what the runtime says of every run of an operator, in order; of frames with a `profile`."""
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        return [event["args"] for event in events if event.get("cat") == "Node" and "op_name" in event["args"]]
+
 
 def open_frame(
     model: Path | bytes,
@@ -115,11 +120,13 @@ def open_frame(
     shapes: Mapping[str, Sequence[int]] | None = None,
     values: Mapping[str, float] | None = None,
     profile: str | None = None,
+    fused: bool = False,
 ) -> Frame:
     """Open an ONNX model on one provider, never on another than that.
 
-    `profile`: run without optimizations and write the runtime's record under this prefix. Raises ValueError for what
-    is no model, for a provider that is not here, and for inputs whose sizes or types nobody gave.
+    `profile`: run without optimizations and write the runtime's record under this prefix; `fused`: with those that
+    every processor gets. Raises ValueError for what is no model, for a provider that is not here, and for inputs whose
+    sizes or types nobody gave.
     """
     import onnxruntime as ort
 
@@ -131,7 +138,8 @@ def open_frame(
         options.add_session_config_entry(key, value)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_EXTENDED if fused else level.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights have no shape to report
     wanted = available(provider)
     what = "the model" if isinstance(model, bytes) else str(model)
@@ -245,8 +253,7 @@ def count(model: Path | bytes, shapes: Mapping[str, Sequence[int]], values: Mapp
     with tempfile.TemporaryDirectory() as folder:
         frame = open_frame(model, shapes=shapes, values=values, profile=str(Path(folder, "run")))
         frame.run()
-        events = json.loads(Path(frame._session.end_profiling()).read_text(encoding="utf-8"))
-    return counted(event["args"] for event in events if event.get("cat") == "Node" and "op_name" in event["args"])
+        return counted(frame.recorded())
 
 
 def counted(nodes: Any) -> Work:
