@@ -34,7 +34,7 @@ from rlkit.profiles.scheduling.comparison import OURS, PAPER
 from rlkit.profiles.scheduling.costs import Forecast
 from rlkit.profiles.scheduling.engine import run
 from rlkit.profiles.scheduling.farm import Task, farm, simulate
-from rlkit.profiles.scheduling.metrics import spread
+from rlkit.profiles.scheduling.metrics import Metrics, spread
 from rlkit.profiles.scheduling.outcome import summarize
 from rlkit.profiles.scheduling.policies import FIVE, POLICIES
 from rlkit.profiles.scheduling.settings import Prepared, prepare
@@ -130,13 +130,20 @@ def policies(wanted: Wanted, tell: Tell) -> dict[str, Any]:
         found = simulate(farmed, tasks, "policies", tell)
     rows = []
     each = wanted.seeds * len(names)
-    for number, (device, scenario, _made) in enumerate(cases):
+    for number, (device, scenario, case) in enumerate(cases):
         mine = found[number * each : (number + 1) * each]
         made = {name: summarize(mine[place :: len(names)]) for place, name in enumerate(names)}
         rates = {name: one.rate for name, one in made.items()}
         pooled = {name: one.pooled for name, one in made.items()}
-        rows.append({"device": device, "scenario": scenario, "rates": rates, "of_all": pooled, **_against(rates)})
+        floor = _unavoidable(case, mine[0].metrics)
+        row = {"device": device, "scenario": scenario, "unavoidable": floor, "rates": rates, "of_all": pooled}
+        rows.append({**row, **_against(rates)})
     return {"seeds": wanted.seeds, "rows": rows, "left_out": left_out, "reading": comparison.READING, **_overall(rows)}
+
+
+def _unavoidable(prepared: Prepared, metrics: Metrics) -> float:
+    """Share of all targets of the first seed that no schedule meets: too long even alone."""
+    return oracle.unavoidable(expand(prepared.setting(0), 0)) / sum(stream.targets for stream in metrics.streams)
 
 
 def _against(rates: Mapping[str, float]) -> dict[str, Any]:
@@ -298,6 +305,12 @@ def _show_policies(found: dict[str, Any]) -> None:
     console.emit(found["reading"])
     if found["ratio_of_means"] is not None:
         console.emit(f"{OURS} / best of the five, of mean rates: {found['ratio_of_means']:.2f}")
+    floors = [
+        f"{row['scenario']} {row['device']} {100 * row['unavoidable']:.1f} %"
+        for row in found["rows"]
+        if row["unavoidable"]
+    ]
+    console.emit(f"of all targets no schedule can meet: {', '.join(floors) or 'none known'}")
     for line in found["left_out"]:
         console.emit(f"left out: {line}")
 
