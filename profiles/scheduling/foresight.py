@@ -4,11 +4,11 @@ The world is simplified: jobs that are there, frames that periodic streams will 
 that follow others, requests that go on as they are; steps share the memory's bandwidth as in the simulator. **Claims**
 (steps that want a unit) are served in order, and a frame that can no longer be in time is given up, at its weight.
 Where a claim runs is the `Style`: patient ones go where they finish first, the queue of busy units counted, and wait
-for that; eager ones take an idle unit; yielding ones, of the units where they are in time, the one that others need
+for that; eager frames take an idle unit; yielding ones, of the units where they are in time, the one that others need
 least.
 
-Costs are in violations: a frame not in time its weight, a late token its weight times 1 + its lateness in targets (so
-that a token which is late anyway is not put off for ever), a prompt behind its time likewise.
+Costs are in violations: a frame not in time its weight; a prompt its weight times 1 + its lateness in targets, so that
+what is late anyway is not put off for ever; a token its weight times what it adds to the lateness, in targets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from typing import NamedTuple, Optional
 
 from rlkit.profiles.scheduling.contention import rates
 
-__all__ = ["ENDLESS", "REQUEST", "TOKEN", "Claim", "Mode", "Play", "Style", "Ways", "World", "frame_number"]
+__all__ = [
+    "ENDLESS",
+    "REQUEST",
+    "TOKEN",
+    "Claim",
+    "Mode",
+    "Play",
+    "Style",
+    "Ways",
+    "World",
+    "frame_number",
+    "token_dues",
+]
 
 ENDLESS = float(1 << 62)
 REMEMBERED = 20_000  # sets of demands whose speeds are kept
@@ -27,6 +39,7 @@ NS_PER_MS = 1e6
 REQUEST, TOKEN = 1.0, 0.2  # violations: weight of a first token, of a further one
 PRESSURE = 0.3  # of a violation: a prompt that needs all the time it has
 PROGRESS = 0.1  # of a token's weight: what a token is worth beyond its target
+OVERHANG = 200.0  # times as bad if it runs already and so keeps a unit from what comes
 BACKLOG = 1e-5  # violations per ms of work left at the end: between equals, what is done sooner
 
 Ways = tuple[tuple[int, float, float], ...]  # of a step: (unit, ns with setup, demand)
@@ -48,6 +61,7 @@ class Mode(NamedTuple):
     token: Ways  # () = not known yet
     target: float  # ns per token
     patience: float  # ns: so much lateness costs another violation
+    due: float = 0.0  # of a token: when it is due if the mean of all is to meet the target
     variant: str = ""
 
 
@@ -70,6 +84,11 @@ class Claim(NamedTuple):
 def frame_number(stream: int, deadline: int) -> int:
     """What identifies a frame, come or not."""
     return deadline << 8 | stream & 255
+
+
+def token_dues(due: float, last: float, target: float) -> tuple[float, float]:
+    """Of a token that is due then, after one made at `last`: its order, and from when on it adds to the lateness."""
+    return max(due, last + target), max(due, last)
 
 
 class World:
@@ -196,10 +215,7 @@ class Play:
     def serve(self) -> None:
         """Start what is in turn and has its best unit idle."""
         now, waiting, held, last = self.now, self.waiting, self.held, self.last.copy()
-        if self.style is Style.EAGER:
-            free = [now if time == ENDLESS else ENDLESS for time in self.until]
-        else:
-            free = [now if time == ENDLESS else time for time in self.until]
+        free = [now if time == ENDLESS else time for time in self.until]
         place = 0
         while place < len(waiting) and self.idle:
             claim = waiting[place]
@@ -224,7 +240,7 @@ class Play:
 
     def _breaks(self, claim: Claim, mode: Mode, unit: int, finish: float, free: list[float]) -> bool:
         """Whether a token could wait and would make a frame late that comes before it is done."""
-        if mode.left >= 0 or claim.weight * (1.0 + (self.now - claim.deadline) / mode.target) >= 1.0:
+        if mode.left >= 0 or claim.weight * (self.now - claim.deadline) / mode.target >= 1.0:
             return False
         place = self.place
         while (arrival := self.arrivals[place]) < finish:
@@ -241,10 +257,12 @@ class Play:
         """(unit, ns with the switch, demand, finish) of the way to run a step; `last` as it will be by then."""
         world, demands, stream = self.world, self.demands, claim.stream
         room = world.cap - sum(demands)
-        yielding = self.style is Style.YIELDING
+        yielding, eager = self.style is Style.YIELDING, self.style is Style.EAGER and claim.mode is None
         left = 0.0 if claim.mode is None else max(claim.mode.left, 0.0)
         best, least, cheapest = (0, 0.0, 0.0, ENDLESS), ENDLESS, ENDLESS
         for unit, alone, demand in claim.ways:
+            if eager and self.until[unit] < ENDLESS:
+                continue
             ns = alone if last[unit] == stream else alone + world.switch[unit]
             finish = free[unit] + ns
             if demand > room + demands[unit]:
@@ -288,13 +306,28 @@ class Play:
                 ways = tuple((unit, ns * mode.left, demand) for unit, ns, demand in ways)
             insort(self.waiting, claim._replace(ways=ways, mode=mode._replace(left=left)))
             return
-        self.cost -= claim.weight * PROGRESS if mode.left < 0 else 0.0
-        if now > claim.deadline:
+        due = now + mode.target
+        if mode.left < 0:
+            self.cost -= claim.weight * PROGRESS
+            self._delay(claim, mode, now)
+            due = mode.due + mode.target
+        elif now > claim.deadline:
             self._lose(claim, 1.0 + (now - claim.deadline) / mode.patience)
         if mode.token:
-            due = (claim.deadline if mode.left < 0 else now) + mode.target
-            on = mode._replace(left=-1.0, patience=mode.target)
-            insort(self.waiting, claim._replace(order=due, deadline=due, ways=mode.token, weight=TOKEN, mode=on))
+            mode = mode._replace(left=-1.0, patience=mode.target, due=due)
+            order, deadline = token_dues(due, now, mode.target)
+            insort(
+                self.waiting,
+                claim._replace(order=order, deadline=deadline, ways=mode.token, weight=TOKEN, mode=mode),
+            )
+
+    def _delay(self, claim: Claim, mode: Mode, finish: float) -> None:
+        """A token: only what it adds to how late the request is already."""
+        late = (finish - claim.deadline) / mode.patience
+        if late > 0:
+            self.cost += claim.weight * late
+            if late > 1.0:
+                self.lost.append(claim.number)
 
     def _lose(self, claim: Claim, times: float) -> None:
         self.cost += claim.weight * times
@@ -305,7 +338,7 @@ class Play:
         left = 0.0
         for claim, until in zip(self.held, self.until, strict=True):
             if until < ENDLESS:
-                left += until - end
+                left += (until - end) * OVERHANG
                 if claim is not None:
                     self._judge(claim, until)
         for claim in self.waiting:
@@ -320,9 +353,11 @@ class Play:
             if finish > deadline:
                 self._lose(claim, 1.0)
             return
-        if mode.left > 0:
-            finish += mode.left * mode.chunk[0][1]
+        if mode.left < 0:
+            self._delay(claim, mode, finish)
+            return
+        finish += mode.left * mode.chunk[0][1]
         if finish > deadline:
             self._lose(claim, 1.0 + (finish - deadline) / mode.patience)
-        elif mode.left >= 0:
+        else:
             self.cost += claim.weight * PRESSURE * ((finish - self.now) / max(deadline - self.now, 1.0)) ** 2

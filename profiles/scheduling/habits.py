@@ -47,6 +47,7 @@ class Habits:
         "_begun",
         "_came",
         "_children",
+        "_claims",
         "_coming",
         "_due",
         "_ended",
@@ -66,6 +67,7 @@ class Habits:
         self._until = -1  # frames to come are known up to here
         self._coming: list[Upcoming] = []
         self._arrivals: list[int] = []
+        self._claims: dict[int, Claim | None] = {}  # by place in what is to come
         self._due: dict[int, int] = {}  # by stream: from nominal time to deadline
         self._frames: dict[int, tuple[Option, ...]] = {}
         self._ways: dict[int, tuple[object, Ways]] = {}
@@ -121,6 +123,7 @@ class Habits:
                 if self._votes[pair] >= max(WITNESSED, MOSTLY * self._came[job.stream]):
                     self._parents[job.stream] = other.stream
                     self._children[other.stream] = job.stream
+                    self._claims.clear()
 
     def _before(self, stream: int) -> Iterator[int]:
         """A stream and those that it comes after."""
@@ -189,18 +192,27 @@ class Habits:
         place = bisect_right(self._arrivals, state.now)
         claims: list[Claim] = []
         times: list[float] = []
-        for arrival, stream, deadline, options in self._coming[place : place + most]:
+        for at in range(place, min(place + most, len(self._coming))):
+            arrival, stream, _, _ = self._coming[at]
             if arrival > end:
                 break
-            ways = self.ways(stream, options)
-            if stream not in self._parents and arrival + ways[0][1] <= deadline:  # nobody can serve the rest in time
-                claims.append(self.frame(stream, deadline, ways))
+            if stream not in self._parents and (claim := self._coming_claim(at)) is not None:
+                claims.append(claim)
                 times.append(arrival)
         times.append(ENDLESS)
         return claims, times
 
+    def _coming_claim(self, at: int) -> Claim | None:
+        """Of a frame to come, None if nobody can serve it in time; kept until more is known."""
+        if at not in self._claims:
+            arrival, stream, deadline, options = self._coming[at]
+            ways = self.ways(stream, options)
+            self._claims[at] = self.frame(stream, deadline, ways) if arrival + ways[0][1] <= deadline else None
+        return self._claims[at]
+
     def _fetch(self, state: State, end: int) -> None:
         self._until = end + FETCHED
+        self._claims.clear()
         self._coming = list(state.upcoming(self._until - state.now))
         self._arrivals = [upcoming.arrival for upcoming in self._coming]
         for upcoming in self._coming:

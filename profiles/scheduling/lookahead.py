@@ -32,6 +32,7 @@ from rlkit.profiles.scheduling.foresight import (
     Ways,
     World,
     frame_number,
+    token_dues,
 )
 from rlkit.profiles.scheduling.habits import Habits, ways_of
 from rlkit.runtime.jobs import Decision, Drop, Job, Kind, Option, Start, State, Wake
@@ -162,6 +163,7 @@ class Lookahead:
         best = self._varied(state, best)
         idle = [unit.index for unit in state.units if unit.running is None]
         best = self._waiting(state, self._started(state, best, idle), idle)
+        best = self._pinned(state, best)
         soon = frame_number(0, int(state.now + TRUSTED * (self._end - state.now)))
         self._accepted = frozenset(number for number in best.lost if number < soon)
         return best
@@ -199,6 +201,20 @@ class Lookahead:
                     best, self._variants[job.number] = future, variant
                     break
                 self._claims = before
+        return best
+
+    def _pinned(self, state: State, best: Future) -> Future:
+        """The best future, or a better one in which the request that would go on now does so on one unit only."""
+        claim = next((each for each in self._claims if best.job is self._jobs[each.number]), None)
+        if claim is None or claim.mode is None:
+            return best
+        before = self._claims
+        for way in claim.ways:
+            self._put(claim, claim._replace(ways=(way,)))
+            future = self._run(self._play(state), best.cost - BETTER)
+            if future.cost < best.cost - BETTER:
+                best = future
+            self._claims = before
         return best
 
     def _put(self, claim: Claim, other: Claim) -> None:
@@ -285,7 +301,9 @@ class Lookahead:
         number = -1 - job.number
         if job.kind == Kind.DECODE:
             due = habits.token_due(job)
-            return Claim(due, number, due, ways, TOKEN, stream, None, Mode(-1.0, ways, token or ways, target, target))
+            order, deadline = token_dues(due, job.deadline - target, target)
+            mode = Mode(-1.0, ways, token or ways, target, target, due)
+            return Claim(order, number, deadline, ways, TOKEN, stream, None, mode)
         plain = ways_of(job.options)
         unit, ns, _ = plain[0]
         left = max(0.0, (job.remaining[unit] or 0) / ns - 1.0)
