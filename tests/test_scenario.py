@@ -170,9 +170,9 @@ def test_xrbench_is_as_its_program_has_it(name: str) -> None:
     assert (found.duration, found.overheads, found.requests) == (700 * MS, Overheads.NONE, ())
 
 
-def test_shipped_scenarios_are_eleven() -> None:
+def test_shipped_scenarios_are_twelve() -> None:
     names = {path.stem for path in SHIPPED.glob("*.toml")}
-    ours = {"video-conferencing", "gaming", "coding-beside-meeting", "laptop-call"}
+    ours = {"video-conferencing", "gaming", "coding-beside-meeting", "laptop-call", "depth-robot"}
     assert names == ours | {f"xrbench-{name}" for name in XRBENCH}
     for name in ours:
         found = scenario.read(SHIPPED / f"{name}.toml")
@@ -186,7 +186,7 @@ def test_whole_milliseconds_need_whole_rates() -> None:
 
 
 def test_scenarios_are_found_by_name_or_path(tmp_path: Path) -> None:
-    assert scenariofiles.load("gaming").name == "gaming" and len(scenariofiles.names()) == 11
+    assert scenariofiles.load("gaming").name == "gaming" and len(scenariofiles.names()) == 12
     path = tmp_path / "mine.toml"
     path.write_text(WHOLE)
     assert scenariofiles.load(str(path)).name == "mine"
