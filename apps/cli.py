@@ -93,7 +93,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
         settings = {"ignore_unknown_options": command.foreign}
         shown: dict[str, Any] = {"help": described, "short_help": command.line, "rich_help_panel": command.panel}
         if isinstance(function, typer.Typer):  # a command that has commands
-            app.add_typer(function, name=name, **shown)
+            app.add_typer(function, name=name, short_help=command.line, rich_help_panel=command.panel)
             continue
         app.command(name, context_settings=settings, **shown)(function)
     return app

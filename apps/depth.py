@@ -20,7 +20,14 @@ from rlkit.profiles.depthresult import DepthResult, Row, Suite
 from rlkit.recover import depthfile
 from rlkit.recover.depthfile import Kind
 
-app = typer.Typer(help="Depth networks: train, make smaller, export, measure.", add_completion=False)
+ABOUT = """Depth from one image, or disparity of a pair: train networks, make smaller ones, export and measure them.
+
+Networks learn from rendered scenes or a folder of KITTI, SceneFlow or DIODE. `train` makes a work folder with the full
+network, `slim` adds smaller ones and measures all; every command but export takes --json.
+
+Example: rlkit depth demo
+"""
+app = typer.Typer(help=ABOUT, add_completion=False)
 app.command()(demo)
 
 KindOption = Annotated[Kind, typer.Argument(help="mono: depth from one image; stereo: disparity of a pair.")]

@@ -26,14 +26,12 @@ from rlkit.recover.progress import Tell
 from rlkit.recover.scenes import View
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from rlkit.recover.depthbatches import Samples
     from rlkit.recover.depthtrain import Training
 
 FULL, SAME = "full", "same"
 LESSONS = ("truth", "teacher", "both")
-JUDGED = 8  # batches that importance is taken from
+Module = Any  # a torch.nn.Module
 MAX_SEED = 2**31 - 2
 
 
@@ -158,38 +156,26 @@ class Work:
         """Make the full network, or one of another shape, from nothing."""
         if self.done(FULL):
             return
-        import torch
-
         kind = self.settings.kind
         scale = LogScale() if kind is Kind.MONO else None
         description = Description(kind, dict(shape or full_shape(kind)), self.settings.size, scale)
-        torch.manual_seed(self.settings.seed)
-        self._learn(FULL, depthfile.build(description), description, None, tell)
+        self._learn(FULL, depthfile.build(description, self.settings.seed), description, None, tell)
 
     def slim(self, cut: str, tell: Tell) -> None:
         """Make a smaller network of the full one, or with the cut `same` let it learn on for as long."""
         if self.done(cut):
             return
-        import torch
-
-        from rlkit.recover import depthtrain, slim
+        from rlkit.recover import depthtrain
 
         full, description = depthfile.load(self.folder(FULL))
         if cut == SAME:
             return self._learn(cut, full, description, None, tell)
-        torch.manual_seed(self.settings.seed)
-        samples, plan = samples_of(self.settings), training_of(self.settings, slim=True)
-
-        def judge(network: nn.Module) -> slim.Scores:
-            return slim.taylor(network, lambda n: depthtrain.losses(n, samples, plan, description.scale, JUDGED))
-
-        small = slim.apply(full, slim.parse(cut), judge)
-        shape = small.shape.to_json()  # type: ignore[operator, union-attr]
+        plan = training_of(self.settings, slim=True)
+        small: Module = depthtrain.slimmed(full, cut, samples_of(self.settings), plan, description.scale)
+        shape = small.shape.to_json()
         self._learn(cut, small, replace(description, shape=shape), full, tell)
 
-    def _learn(
-        self, name: str, network: nn.Module, description: Description, teacher: nn.Module | None, tell: Tell
-    ) -> None:
+    def _learn(self, name: str, network: Module, description: Description, teacher: Module | None, tell: Tell) -> None:
         from rlkit.recover import depthtrain
 
         lesson = "truth" if teacher is None else self.settings.lesson

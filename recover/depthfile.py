@@ -79,14 +79,18 @@ def read(folder: Path) -> Description:
         raise ValueError(f"{folder / DESCRIPTION}: {error}") from error
 
 
-def build(description: Description) -> nn.Module:
-    """The network of a description, with new values. ValueError for a shape that is none."""
+def build(description: Description, seed: int = 0) -> nn.Module:
+    """The network of a description, with new values drawn from the seed. ValueError for a shape that is none."""
+    import torch
+
     from rlkit.recover.anynet import AnyNet, AnyShape
     from rlkit.recover.depthnets import DepthNet, DepthShape
 
-    if description.kind is Kind.MONO:
-        return DepthNet(DepthShape.from_json(description.shape))
-    return AnyNet(AnyShape.from_json(description.shape))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if description.kind is Kind.MONO:
+            return DepthNet(DepthShape.from_json(description.shape))
+        return AnyNet(AnyShape.from_json(description.shape))
 
 
 def load(folder: Path) -> tuple[nn.Module, Description]:

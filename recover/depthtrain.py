@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlkit.recover import depthbatches, depthloss
+from rlkit.recover import depthbatches, depthloss, slim
 from rlkit.recover.anynet import AnyNet
 from rlkit.recover.depthbatches import Batch, Cut, Samples
 from rlkit.recover.depthfile import Kind
@@ -37,7 +37,7 @@ class Lesson(StrEnum):
     BOTH = "both"
 
 
-RATES = {Kind.MONO: 2e-3, Kind.STEREO: 4e-3}  # peaks for a training of some hundred steps
+JUDGED = 8  # batches that importance is taken from
 CLIP = 1.0  # of the gradient's norm
 
 
@@ -135,6 +135,15 @@ def losses(
         said = network(*shown.images)
         loss = depthloss.stereo if scale is None else depthloss.mono
         yield loss(said, shown.truth, shown.valid)
+
+
+def slimmed(network: nn.Module, cuts: str, samples: Samples, plan: Training, scale: LogScale | None) -> nn.Module:
+    """A network after cuts (slim.py), what its channels matter being judged on JUDGED batches of these samples."""
+
+    def judge(network: nn.Module) -> slim.Scores:
+        return slim.taylor(network, lambda copied: losses(copied, samples, plan, scale, JUDGED))
+
+    return slim.apply(network, slim.parse(cuts), judge)
 
 
 def fold(steps: Iterator[Step], plan: Training, stage: str, tell: Tell = silent) -> dict[str, Any]:
