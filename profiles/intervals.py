@@ -110,7 +110,8 @@ def recovery(strata: Sequence[Scores], seed: int = 0) -> Interval:
     """The share of what quantization lost that came back; results (items, 3): full, quantized, recovered.
 
     More must be better: hand in bits per byte with their sign turned. Undefined where quantized is no worse than full.
-    Without an interval where the loss is not clear of 0: a ratio's has no ends then.
+    Without an interval where the loss is not clear of 0: a ratio's has no ends then. Draws in which nothing was lost,
+    which are fewer than one in forty, have no ratio and are left out.
     """
     full, quantized, recovered = np.mean([scores.mean(axis=0) for scores in strata], axis=0)
     lost = full - quantized
@@ -123,7 +124,8 @@ def recovery(strata: Sequence[Scores], seed: int = 0) -> Interval:
     value = float((recovered - quantized) / lost)
     if np.percentile(gaps, TAIL) <= 1e-12:
         return Interval(value, why="no interval: what quantization lost is not clear of 0 on these items")
-    return Interval(value, *_ends((found[:, 2] - found[:, 1]) / gaps))
+    some = gaps > 1e-12
+    return Interval(value, *_ends((found[some, 2] - found[some, 1]) / gaps[some]))
 
 
 @dataclass(frozen=True, slots=True)

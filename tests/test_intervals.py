@@ -158,3 +158,10 @@ def test_a_width_that_is_none(wanted: float) -> None:
 
 def test_half_width_of_what_has_no_ends() -> None:
     assert Interval(0.5).half_width is None
+
+
+def test_draws_in_which_nothing_was_lost_have_no_share_of_it() -> None:
+    scores = np.ones((100, 3))
+    scores[:4, 1:] = 0  # 17 of 1,000 draws hold none of these four: 0 of 0 came back in them
+    found = intervals.recovery([scores])
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
