@@ -20,7 +20,7 @@ from rlkit.runtime.engine import Engine, QueueFull, Ticket, Told
 from rlkit.runtime.request import Event, Request, Token
 
 RETRY_SECONDS = 0.05  # between tries to place further replies of a request that has begun
-FLUSH_SECONDS = 1 / 60  # a frame of a screen
+FLUSH_SECONDS = 1 / 30  # smooth enough to read; what a model slower than this says is shown token by token
 
 
 class Happening(NamedTuple):
