@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit.profiles.rates import Rates
+from rlkit.profiles.rates import PACKED_BITS, Rates
 from rlkit.profiles.step import Kind, Operator
 from rlkit.runtime.framenodes import Node, Value, traced
 
@@ -63,7 +63,7 @@ class Part:
 class FrameForecast:
     """A frame somewhere: seconds, what they are made of by name, and what they rest on.
 
-    bound_seconds: the roofline over totals, max(FLOPs / peak, bytes / bandwidth), which nothing is faster than.
+    bound_seconds: the roofline over totals, max(FLOPs / peak, bytes / bandwidth), the peak that of integers for those.
     """
 
     seconds: float
@@ -115,7 +115,9 @@ def forecast(ops: Sequence[Operator], rates: Rates) -> FrameForecast:
         for (name, kind), row in rows.items()
     ]
     flops, nbytes = sum(part.flops for part in parts), sum(part.nbytes for part in parts)
-    compute = sum(op.count * rates.spent(op).compute for op in ops)
+    floats, *others = rates.roofs.values()
+    integers = (*others, floats)[0]
+    compute = sum(op.count * op.flops / (integers if 0 < op.bits <= PACKED_BITS else floats) for op in ops)
     return FrameForecast(
         seconds=sum(part.seconds for part in parts),
         bound_seconds=max(compute, nbytes / rates.bytes_per_s),

@@ -198,9 +198,17 @@ def table() -> Table:
 def test_rates_go_by_the_operator_that_was_measured() -> None:
     rates = VisionRates(table())
     for form, factor in (("conv 2d", 2), ("depthwise conv", 2), ("int8 conv 3d", 10)):
-        op = visionrates.probe(form, 24, 5000)
-        ideal = max(op.flops / 1e10, op.nbytes / 1e9)
-        assert rates.spent(op).compute == pytest.approx(factor * ideal) and rates.spent(op).dispatch == 1e-6
+        for channels, pixels in ((16, 16_384), (1, 64), (32, 1024)):
+            if any((row.form, row.channels, row.pixels) == (form, channels, pixels) for row in rates.table.convs):
+                op = visionrates.probe(form, channels, pixels)
+                ideal = max(op.flops / 1e10, op.nbytes / 1e9)
+                assert rates.spent(op).compute == pytest.approx(factor * ideal)
+                assert rates.spent(op).dispatch == 1e-6
+    between = [rates.spent(visionrates.probe("conv 2d", channels, 4096)).compute for channels in (16, 24, 40, 64)]
+    assert between == sorted(between)
+    assert rates.roofs == {"fp32": 1e10, "int8": 1e10}  # nothing was faster than products
+    fast = replace(table(), convs=(*table().convs, Conv("int8 conv 2d", 256, 64, 1e-5)))
+    assert VisionRates(fast).roofs["int8"] == pytest.approx(2 * 64 * 256 * 256 * 9 / 1e-5)
     assert rates.spent(one(node("Resize", (1, 2, 4, 4), (1, 2, 8, 8)))).memory == pytest.approx(4 * 160 / 5e8)
     loop = Operator(vision.LOOP, Kind.ELEMENTWISE, 1, 0, launches=39)
     assert rates.spent(loop).seconds == pytest.approx(39 * 2e-6)
