@@ -193,6 +193,7 @@ def test_keys_tell_settings_seeds_policies_and_sources_apart(monkeypatch: pytest
         farm.opened("mine")
 
 
+@pytest.mark.skipif(NO_RAY, reason="ray is not installed")
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:99999", "[::1]:1"])
 def test_a_cluster_that_is_not_there_is_said_at_once(address: str) -> None:
     with pytest.raises(ConnectionError, match=r"no Ray cluster answers at .*:"), farm.farm(ray=address):
