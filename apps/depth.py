@@ -95,6 +95,7 @@ def slim(  # noqa: PLR0913, one parameter per option of the command
     int8: Annotated[bool, typer.Option(help="Also make int8 files.")] = True,
     seconds: Annotated[float, typer.Option(min=0, help="Time frames for so long; 0 = not.")] = 20.0,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a timed network.")] = 1,
+    forecast: Annotated[bool, typer.Option(help="Also forecast frames; measures single operators once.")] = True,
     json: Json = False,
 ) -> None:
     """Make smaller networks of the full one, let it teach them, and measure all: a frontier, with baselines.
@@ -110,7 +111,7 @@ def slim(  # noqa: PLR0913, one parameter per option of the command
         for name in (SAME, *names):
             work.slim(name, tell)
         held = held_out(work.settings, count, tell, data=data, motorcycle=motorcycle)
-        asked = Asked(int8=int8, seconds=seconds, threads=threads)
+        asked = Asked(int8=int8, seconds=seconds, threads=threads, forecast=forecast)
         suite = depthsuite.measure(work, (FULL, SAME, *names), held, asked, tell)
     finish(folder, (suite,), json=json)
 

@@ -25,12 +25,13 @@ SPEED_BAR = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is measured besides scores: frame, int8 files, seconds of timing (0 = none), threads."""
+    """What is measured besides scores: frame, int8 files, seconds of timing (0 = none), threads, forecasts of it."""
 
     frame: tuple[int, int] = FRAME
     int8: bool = True
     seconds: float = 20.0
     threads: int = 1
+    forecast: bool = False
 
 
 def measure(work: Work, names: Sequence[str], held: Sequence[Held], asked: Asked, tell: Tell = silent) -> Suite:
@@ -44,9 +45,11 @@ def measure(work: Work, names: Sequence[str], held: Sequence[Held], asked: Asked
     if asked.seconds:
         files = {row.name: _file(work, row) for row in rows}
         times = depthtime.latencies(files, kind, asked.frame, threads=asked.threads, seconds=asked.seconds, tell=tell)
+        if asked.forecast:
+            times = depthtime.forecast(files, kind, asked.frame, times, tell)
         rows = [replace(row, latency=(times[row.name],)) for row in rows]
-    learned = samples_of(work.settings)
-    first = [learned.get(index) for index in range(min(learned.count, depthscore.LEARNED_FROM))]
+    samples = samples_of(work.settings)
+    first = [samples.get(index) for index in range(min(samples.count, depthscore.LEARNED_FROM))]
     scale = depthfile.read(work.folder(FULL)).scale
     baselines = depthscore.baselines(held, first, scale, tell)
     data = tuple(each.data for each in held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rlkit.profiles.depthresult import Latency
@@ -51,6 +52,26 @@ def latencies(  # noqa: PLR0913, what is timed, where, and for how long
         rounds += 1
         tell(Progress("time frames", min(round(clock() - began), round(seconds)), round(seconds)))
     return {name: _latency(times, provider, threads) for name, times in taken.items()}
+
+
+def forecast(
+    files: Mapping[str, Path],
+    kind: Kind,
+    frame: tuple[int, int],
+    measured: Mapping[str, Latency],
+    tell: Tell = silent,
+) -> dict[str, Latency]:
+    """The same latencies with what this machine's single operators let expect; those are measured once and kept."""
+    from rlkit.profiles import vision, visionrates
+
+    shapes = {name: (1, 3, *frame) for name in INPUTS[kind]}
+    threads = {each.threads for each in measured.values()}
+    rates = {count: visionrates.VisionRates(visionrates.here(count, tell=tell)) for count in threads}
+    found = {}
+    for name, each in measured.items():
+        expected = vision.forecast_file(files[name], rates[each.threads], shapes=shapes).seconds
+        found[name] = replace(each, forecast_seconds=expected)
+    return found
 
 
 def _latency(times: list[float], device: str, threads: int) -> Latency:

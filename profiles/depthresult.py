@@ -136,8 +136,9 @@ class Suite:
         return {row.name: row for row in self.rows}[name]
 
     def leading(self, row: Row, data: str | None = None) -> float | None:
-        """The figure that leads: SSIM, or the three-pixel error, on the first data set unless told."""
-        score = row.score(data or self.data[0].name)
+        """The figure that leads: SSIM, or the three-pixel error, on the first data set unless told; None without."""
+        name = data or next((each.name for each in self.data), "")
+        score = row.score(name)
         value = None if score is None else getattr(score, LEADING[self.kind])
         return None if value is None else float(value)
 
