@@ -249,4 +249,5 @@ def _begin_ray(ray: Any, address: str, workers: int) -> None:
         ray.init(address=address, **quiet)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as processes without Ray; its own 15 starves on a busy machine
     ray.init(address="local", num_cpus=workers, include_dashboard=False, object_store_memory=STORE_NBYTES, **quiet)
