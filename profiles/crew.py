@@ -17,6 +17,8 @@ from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from rlkit.recover import interrupts
+
 Do = Callable[[Any], Any]
 """What does a task."""
 Opening = Callable[[], Do]
@@ -62,7 +64,7 @@ class Crew:
     def __call__(self, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         waiting, falls, left = deque(range(len(tasks))), Counter[int | None](), len(tasks)
         while len(self._idle) + len(self._busy) < min(self._workers, len(tasks)):
-            self._busy[self._hire()] = None
+            self._recruit()
         try:
             while left:
                 while waiting and self._idle:
@@ -82,6 +84,11 @@ class Crew:
                 del self._busy[hand]
                 self._dismiss(hand, now=True)
 
+    def _recruit(self) -> None:
+        """One more hand, known before Ctrl-C can come, so that `close` ends it."""
+        with interrupts.held():
+            self._busy[self._hire()] = None
+
     def _answer(self, hand: Any, falls: Counter[int | None]) -> tuple[Any] | None:
         """A hand's result, the hand idle again; None for one that is gone, another in its place."""
         number = self._busy.pop(hand)
@@ -94,7 +101,7 @@ class Crew:
                 what = "before it could begin" if number is None else "at the same task"
                 why = f"a process ended {TRIES} times {what} ({str(gone) or 'most often for want of memory'})"
                 raise ValueError(f"{why}; use fewer --workers than {self._workers}; what was done is kept") from None
-            self._busy[self._hire()] = None
+            self._recruit()
             return None
         self._idle.append(hand)
         if not well:
@@ -149,7 +156,7 @@ class Processes(Crew):
 
 def _serve(opening: Opening, line: connection.Connection[Any, Any]) -> None:
     """In a process: answer that it is ready, then every task, until the line ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked; it ends this one
+    interrupts.answered(signal.SIG_IGN)  # Ctrl-C is for the process that asked; it ends this one
     desk = _Desk(opening)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         line.send(desk.ready())

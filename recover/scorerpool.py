@@ -7,11 +7,13 @@ piece of work, so that what goes wrong there is raised in the process that asked
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
+from rlkit.recover import interrupts
 from rlkit.recover.likelihood import Continuation, Pair, asks_of
 
 PORTIONS = 4  # for each worker and call, so that none is left with a long one alone
@@ -83,7 +85,8 @@ class ScorerPool:
         if self._pool is None:
             raise ValueError("the scorer is closed; make it again")
         try:
-            return self._pool.submit(_call, name, *arguments)
+            with interrupts.held():  # processes are started here, as many as there is work for
+                return self._pool.submit(_call, name, *arguments)
         except BrokenProcessPool as error:
             raise self._ended() from error
 
@@ -120,6 +123,7 @@ _own: dict[str, Any] = {}  # of a worker process: how its worker is made, its nu
 
 
 def _begin(opening: Callable[[int], Worker], count: Any) -> None:
+    interrupts.answered(signal.SIG_DFL)  # who waits for the processes waits for what they are at
     with count.get_lock():
         _own["number"] = count.value
         count.value += 1

@@ -55,6 +55,7 @@ LIGHT_RECOVER = [
     "depthsample",
     "ggufheader",
     "hub",
+    "interrupts",
     "kvformat",
     "likelihood",
     "memory",
