@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlkit.apps import kvfrom
 from rlkit.runtime.chat import Reply
 from rlkit.runtime.request import MOST_LOGPROBS, Grammar, Guidance, Logprob
 
@@ -74,6 +75,7 @@ Kv = Annotated[
     str | None,
     typer.Option(help="Cache of keys and values: float, int8, int4, as the bundle has it.", rich_help_panel=_MACHINE),
 ]
+KvFrom = Annotated[Path | None, typer.Option(help=kvfrom.HELP, rich_help_panel=_MACHINE)]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, help="Threads to compute with; as measured or as the bundle says.", rich_help_panel=_MACHINE),
@@ -87,19 +89,28 @@ class Place:
     device: str = "cpu"
     threads: int | None = None
     kv: str | None = None
+    kv_from: Path | None = None
 
     def told(self, session: Any) -> str:
         """Where a session runs and why, which is said whenever that was not simply the processor."""
         return "" if self.device == "cpu" else f"on {session.device}: {session.why}"
 
     def open(self, bundle: Path, adapter: str | None = None) -> Session:
-        """Open a bundle; ValueError, before its model is loaded, for an adapter that it does not have."""
+        """Open a bundle; ValueError, before its model is loaded, for an adapter that it does not have.
+
+        A result of `rlkit kv` must be of this bundle's model.
+        """
         from rlkit.runtime.session import open_bundle, read_bundle
 
         read_bundle(bundle, self.threads)
         if adapter is not None and adapter not in (there := adapters_in(bundle)):
             raise ValueError(f"{bundle} has no adapter {adapter!r}; there are {', '.join(there) or 'none'}")
-        return open_bundle(bundle, device=self.device, threads=self.threads, kv=self.kv)
+        chosen = None if self.kv_from is None else kvfrom.chosen(self.kv, self.kv_from, [bundle])
+        kv = self.kv if chosen is None else chosen.kv
+        session = open_bundle(bundle, device=self.device, threads=self.threads, kv=kv)
+        if chosen is not None and chosen.chunk is not None:
+            session.chunk_tokens = chosen.chunk
+        return session
 
 
 def about(bundle: Path, session: Any, adapter: str | None) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def chat(  # noqa: PLR0913, one parameter per option of the command
     logprobs: asking.Logprobs = None,
     device: asking.Device = "cpu",
     kv: asking.Kv = None,
+    kv_from: asking.KvFrom = None,
     threads: asking.Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print each reply as one line of JSON, complete.")] = False,
 ) -> None:
@@ -51,7 +52,7 @@ def chat(  # noqa: PLR0913, one parameter per option of the command
     manner = Manner(max_new_tokens, sampling, tuple(stop or ()), shape, logprobs)
     asking.check_logprobs(logprobs, json)
     asking.forgiving()
-    place = Place(device, threads, kv)
+    place = Place(device, threads, kv, kv_from)
     session = place.open(bundle, adapter)
     talk = Chat(session, system=system, adapter=adapter)
     screen = chatscreen.screen(plain=plain, json=json)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlkit.apps import console
+from rlkit.apps import console, kvfrom
 from rlkit.apps.server.settings import Settings
 from rlkit.runtime.generation import CHUNK_TOKENS
 from rlkit.runtime.session import Session, open_bundle, read_bundle
@@ -45,9 +45,7 @@ def serve(  # noqa: PLR0913, one parameter per option of the command
         float | None, typer.Option(metavar="GB", help="For all open bundles; default: three quarters of what there is.")
     ] = None,
     kv: Annotated[str | None, typer.Option(help="KV cache: float, or int8 or int4 where the bundle has it.")] = None,
-    kv_from: Annotated[
-        Path | None, typer.Option(help="The cache, and the chunks of prompts, that `rlkit kv` chose: its result file.")
-    ] = None,
+    kv_from: Annotated[Path | None, typer.Option(help=kvfrom.HELP)] = None,
     device: Annotated[str, typer.Option(help="cpu, auto, or a device that rlkit doctor lists.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; as the bundle says.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the address as one line of JSON when ready.")] = False,
@@ -103,13 +101,7 @@ def make_pool(
 
 def _chosen(kv: str | None, kv_from: Path, bundles: Sequence[Path]) -> tuple[str, int]:
     """The cache and the tokens of a chunk that a result of `rlkit kv` says; it must be of every bundle's model."""
-    from rlkit.profiles.frontier import result
-    from rlkit.recover import source
-
-    if kv is not None:
-        raise ValueError(f"--kv {kv} and --kv-from {kv_from} both say which cache; leave one of them out")
-    chosen, *_same = [result.read_settings(kv_from, source.resolve(folder)) for folder in bundles]
-    console.say(f"{kv_from}: {chosen.text}")
+    chosen = kvfrom.chosen(kv, kv_from, bundles)
     return chosen.kv, chosen.chunk or CHUNK_TOKENS
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rlkit.apps import console, gate, heldout
+from rlkit.apps import console, gate, heldout, kvfrom
 from rlkit.apps import kvcalibrate as caches
 from rlkit.export import npu, plan, request, targets
 from rlkit.export.kvscales import SCHEMES, refuse, schemes_named
@@ -98,7 +98,7 @@ def export(  # noqa: PLR0913, one parameter per option of the command
     with console.progress(quiet=json) as tell:
         found = source.resolve(model, download=model in assets.registry() and not dry_run, tell=tell)
         if kv_from is not None:
-            kv = _chosen_caches(kv, kv_from, found)
+            kv = kvfrom.chosen(kv, kv_from, [found]).caches
         wanted = None if kv is None else caches.Wanted(schemes_named(kv), measure=measure, allow_slow=allow_slow)
         options: request.Options = {
             "target": target,
@@ -147,17 +147,6 @@ def _recipe(asked: str | None, found: source.Source, where: targets.Target) -> r
     return (
         None if found.kind is source.SourceKind.CHECKPOINT else request.default_recipe(where, source.read_shape(found))
     )
-
-
-def _chosen_caches(kv: str | None, kv_from: Path, model: source.Source) -> str | None:
-    """The caches that a result of `rlkit kv` asks for; None for none but the float one."""
-    from rlkit.profiles.frontier import result
-
-    if kv is not None:
-        raise ValueError(f"--kv {kv} and --kv-from {kv_from} both say which caches; leave one of them out")
-    chosen = result.read_settings(kv_from, model)
-    console.say(f"{kv_from}: {chosen.text}")
-    return chosen.caches
 
 
 def _named_folders(words: list[str]) -> dict[str, Path]:

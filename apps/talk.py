@@ -39,6 +39,7 @@ def run(  # noqa: PLR0913, one parameter per option of the command
     logprobs: asking.Logprobs = None,
     device: asking.Device = "cpu",
     kv: asking.Kv = None,
+    kv_from: asking.KvFrom = None,
     threads: asking.Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print the reply and its numbers as JSON.")] = False,
 ) -> None:
@@ -56,7 +57,7 @@ def run(  # noqa: PLR0913, one parameter per option of the command
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ValueError("the prompt is empty; say something")
-    place = Place(device, threads, kv)
+    place = Place(device, threads, kv, kv_from)
     session = place.open(bundle, adapter)
     if not json and (where := place.told(session)):
         console.say(where)

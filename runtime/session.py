@@ -65,6 +65,7 @@ class Session:
         self.kv = kv
         self.threads = threads
         self.why = "asked for"  # the device, in words for a person
+        self.chunk_tokens = CHUNK_TOKENS  # of a prompt are read at once, unless a stream is told
         self._config, self._manifest, self._options = config, manifest, options or {}
         self._graph, self._cache = graph_of(folder, config, kv)
         self._model, self._tokenizer = self._open()
@@ -171,7 +172,7 @@ class Session:
                 del self._sound[next(iter(self._sound))]
 
     def stream(
-        self, request: Request, *, chunk_tokens: Callable[[], int] = lambda: CHUNK_TOKENS
+        self, request: Request, *, chunk_tokens: Callable[[], int] | None = None
     ) -> Generator[Event, None, None]:
         """Yield what happens, one bounded piece of work each: chunks of the prompt, tokens, and Finished.
 
@@ -182,7 +183,7 @@ class Session:
         means = generation.Means(
             self._begin, self._tokenizer.create_stream, self._scores, self.context_length, self.stop_ids
         )
-        return self._explained(request, generation.stream(request, means, chunk_tokens))
+        return self._explained(request, generation.stream(request, means, chunk_tokens or (lambda: self.chunk_tokens)))
 
     def generate(  # noqa: PLR0913, the options of one generation
         self,

@@ -93,7 +93,7 @@ def test_torch_models_under_simulated_caches(
     assert json.loads(saved.read_text())["points"] == table["points"]
     assert result.read_settings(file, source.resolve(checkpoint)).kv in ("float", "int8", "int4")
     assert error(capsys, "export", checkpoint, "-o", tmp_path / "b", "--kv", "int8", "--kv-from", file).endswith(
-        "both say which caches; leave one of them out"
+        "both say which cache; leave one of them out"
     )
     assert "both say which cache;" in error(capsys, "serve", tmp_path, "--kv", "int8", "--kv-from", file)
 

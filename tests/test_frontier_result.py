@@ -86,7 +86,7 @@ def test_without_any_accuracy_there_is_no_loss() -> None:
         ("k8v4:smooth", "int8", True),
         ("k4v4:smooth", "int4", True),
         ("kivi2", "int4", True),
-        ("k16v4", "float", False),
+        ("k16v4", "float", True),
         ("float", "float", False),
         ("int8", "int8", False),
     ],
@@ -96,6 +96,26 @@ def test_what_the_runtime_makes_of_a_cache(kv: str, runs: str, noted: bool) -> N
     assert settings.kv == runs and bool(settings.note) == noted and settings.chunk == 64
     assert settings.caches == (None if runs == "float" else runs)
     assert KvSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+def test_a_cache_that_the_runtime_lacks_is_said_in_one_line_with_its_bytes() -> None:
+    found = (evaluated("k16v16", 1000, 1, 1, 1, 0), evaluated("k4v2", 400, 1, 1, 1, 0))  # caches of 250 and 100 bytes
+
+    def note(found: tuple[Evaluated, ...], budget: Budget) -> str:
+        (settings,) = result.choose(tuple(result.rows_of(Found(found, 2, 2), {CONTEXT: NAMES})), budget)
+        return settings.note
+
+    assert note(found, Budget()) == (
+        "measured with k4v2; the runtime has no such cache, int4 is the next wider one; "
+        "to choose among what it has, search with --kv k8v8:smooth,k4v4:smooth"
+    )
+    wider = (found[0], evaluated("k8v2", 400, 1, 1, 1, 0))
+    assert "int8 is the next wider one; on the CPU its cache takes 125 bytes, 25 more than counted;" in note(
+        wider, Budget()
+    )
+    assert "25 more than counted, over the budget;" in note(wider, Budget(max_bytes=410))
+    assert "over the budget" not in note(wider, Budget(max_bytes=425))
+    assert note(found[:1], Budget()) == "on the CPU its cache takes 500 bytes, 250 more than counted"
 
 
 def test_json_and_back(made: FrontierResult, tmp_path: Path) -> None:

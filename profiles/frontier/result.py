@@ -17,7 +17,7 @@ from typing import Any
 from rlkit.profiles.frontier import pareto
 from rlkit.profiles.frontier.identity import Identity, identity_of
 from rlkit.profiles.frontier.search import Evaluated, Found, Measured
-from rlkit.profiles.frontier.space import Point
+from rlkit.profiles.frontier.space import KEPT, Point
 from rlkit.recover import kvformat
 from rlkit.recover.atomic import write_json
 from rlkit.recover.source import Source, read_json
@@ -26,6 +26,7 @@ SCHEMA_VERSION = 1
 KIND = "kv-frontier"
 MAX_LOSS = 0.03  # of the reference's accuracy: KV Pareto's "1-3 %"
 RUNTIME = ("float", "int8", "int4")  # the caches of a bundle (runtime/kv.py)
+WIDTHS = {"float": 32, "int8": 8, "int4": 4}  # their bits, on the CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,21 +234,46 @@ def choose(rows: Sequence[Row], budget: Budget) -> Iterator[KvSettings]:
             least = some[0].accuracy * (1 - budget.max_loss)
             best = pareto.cheapest(fit, nbytes_of, accuracy_of, least - 1e-12)
         if best is not None:
-            yield settings_of(best.point)
+            yield settings_of(best.point, _weighed(best, some[0], budget))
 
 
-def settings_of(point: Point) -> KvSettings:
+def settings_of(point: Point, weighed: str = "") -> KvSettings:
     """What the runtime offers for a point: a cache of no fewer bits than the wider of keys and values, if there is one.
 
-    The runtime's caches have one width for keys and values, fixed scales per channel, and no window.
+    The runtime's caches have one width for keys and values, fixed scales per channel, and no window. `weighed` says
+    what that does to its bytes.
     """
     if point.kv in RUNTIME:
         return KvSettings(point, point.kv, point.chunk)
-    scheme = kvformat.parse(point.kv)
-    widest = max(scheme.keys.bits, scheme.values.bits)
-    kv = next((name for bits, name in ((4, "int4"), (8, "int8")) if widest <= bits), RUNTIME[0])
-    other = f"measured with {point.kv}; the runtime has {kv}, keys and values alike, with fixed scales per channel"
-    return KvSettings(point, kv, point.chunk, "" if kv == RUNTIME[0] else other)
+    kv, same = _offered(point.kv)
+    notes = [] if same and kv == RUNTIME[0] else [f"measured with {point.kv}"]
+    if same and kv != RUNTIME[0]:
+        notes.append(f"the runtime's {kv} has fixed scales per channel")
+    elif not same:
+        notes.append(f"the runtime has no such cache, {kv} is the next wider one")
+    notes += [weighed] if weighed else []
+    notes += [] if same else ["to choose among what it has, search with --kv k8v8:smooth,k4v4:smooth"]
+    return KvSettings(point, kv, point.chunk, "; ".join(notes))
+
+
+def _offered(kv: str) -> tuple[str, bool]:
+    """The runtime's cache in place of a simulated one, and whether it has the same widths."""
+    scheme = kvformat.parse(kv)
+    widths = {scheme.keys.bits, scheme.values.bits}
+    name = next((name for name in ("int4", "int8") if max(widths) <= WIDTHS[name]), RUNTIME[0])
+    return name, widths == {WIDTHS[name]} or (scheme.keys.whole and scheme.values.whole)
+
+
+def _weighed(best: Evaluated, reference: Evaluated, budget: Budget) -> str:
+    """How many more bytes the runtime's cache takes than the one that was measured; empty if none."""
+    if best.point.kv in RUNTIME or reference.point.kv != KEPT:
+        return ""
+    takes = reference.memory.cache_nbytes * WIDTHS[_offered(best.point.kv)[0]] // kvformat.WHOLE
+    more = takes - best.memory.cache_nbytes
+    if more <= 0:
+        return ""
+    over = budget.max_bytes is not None and best.nbytes + more > budget.max_bytes
+    return f"on the CPU its cache takes {takes:,} bytes, {more:,} more than counted" + ", over the budget" * over
 
 
 def save(result: FrontierResult, path: Path) -> None:
