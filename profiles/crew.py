@@ -211,7 +211,12 @@ class Rays(Crew):
         ray: Any = library
         self._ray, self._began = ray, not ray.is_initialized()
         if self._began:
-            _begin_ray(ray, address, workers)
+            try:
+                with interrupts.held():  # processes of a Ray that has begun in part are not known to it
+                    _begin_ray(ray, address, workers)
+            except BaseException:
+                ray.shutdown()
+                raise
         cores = int(ray.cluster_resources().get("CPU", 1))
         super().__init__(opening, max(1, cores if workers == 1 else workers))
         self._kind = ray.remote(num_cpus=1, max_restarts=0)(_Desk)

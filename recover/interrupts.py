@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
@@ -17,10 +18,29 @@ HOLDS = hasattr(signal, "pthread_sigmask")  # not on Windows: there a process th
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Ctrl-C comes when the block has ended, and to processes started in it when they are ready for it."""
+    known = signal.getsignal(signal.SIGINT)
+    if known is None or threading.current_thread() is not threading.main_thread():  # no other is interrupted
+        with _masked():
+            yield
+        return
+    came: list[int] = []
+    with _masked():
+        signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))  # another thread may have heard it
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, known)
+            if came:
+                signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _masked() -> Iterator[None]:
+    """This thread does not hear it, nor do processes that it starts."""
     if not HOLDS:
         yield
         return
-    resource_tracker.ensure_running()  # to start it would let Ctrl-C through again (Python 3.11)
+    resource_tracker.ensure_running()  # to start it would end this (Python 3.11)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

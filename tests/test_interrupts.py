@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 
 import pytest
 
@@ -22,6 +23,32 @@ def test_what_is_held_comes_afterwards() -> None:
         done.append("the rest")
     assert done == ["the rest"]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_what_another_thread_hears_is_held_too() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts.held():
+        listener = threading.Thread(target=_heard)
+        listener.start()
+        listener.join()
+        done.append("the rest")
+    assert done == ["the rest"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    noted: list[int] = []
+    worker = threading.Thread(target=lambda: noted.extend(_masked_there()))
+    worker.start()
+    worker.join()
+    assert signal.SIGINT in noted
+
+
+def _heard() -> None:
+    """A thread that was there before would not have the mask."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    signal.raise_signal(signal.SIGINT)
+
+
+def _masked_there() -> set[int]:
+    with interrupts.held():
+        return set(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
 
 def test_workers_are_deaf_while_they_begin_and_work(capfd: pytest.CaptureFixture[str]) -> None:
