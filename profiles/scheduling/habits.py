@@ -18,6 +18,7 @@ AT_ONCE = 100_000  # ns between an end and what it brings
 ENOUGH = 0.8  # of the time until its deadline: a unit that takes no more is an alternative for a frame
 FLEXIBLE = 0.25  # need of a frame that has an alternative which takes endlessly longer
 CHEAP = 0.02  # price of a unit that nobody needs
+RARITY, RAREST = 0.5, 4.0  # frames of rarer streams weigh more: by their rate's root, at most so much
 UNBEGUN = 0.0, -1
 
 
@@ -61,6 +62,7 @@ class Habits:
         "_ways",
         "prices",
         "tokens",
+        "weights",
     )
 
     def __init__(self) -> None:
@@ -80,6 +82,7 @@ class Habits:
         self._children: dict[int, int] = {}
         self._targets: dict[int, float] = {}
         self._begun: dict[int, tuple[float, int]] = {}  # by request: its first token's time, and steps done then
+        self.weights: dict[int, float] = {}  # by stream of frames: violations that one counts as
         self.prices: list[float] = []  # by unit: the share of its time that frames need it for, and no other
         self.tokens: dict[int, Ways] = {}  # by stream of requests: of its latest token
 
@@ -172,8 +175,9 @@ class Habits:
         number = frame_number(stream, deadline)
         child = self._child(stream, deadline)
         if child is None:
-            return Claim(deadline, number, deadline, ways, 1.0, stream)
-        return Claim(min(float(deadline), child.order - child.ways[0][1]), number, deadline, ways, 1.0, stream, child)
+            return Claim(deadline, number, deadline, ways, self.weights.get(stream, 1.0), stream)
+        order = min(float(deadline), child.order - child.ways[0][1])
+        return Claim(order, number, deadline, ways, self.weights.get(stream, 1.0), stream, child)
 
     def _child(self, parent: int, deadline: int) -> Claim | None:
         """What comes after a frame of a stream with this deadline; its weight is how often that has happened."""
@@ -183,7 +187,7 @@ class Habits:
         due = deadline - self._due[parent] + self._due[stream]
         chance = min(1.0, self._came[stream] / max(1, self._ended[parent]))
         claim = self.frame(stream, due, self.ways(stream, self._frames[stream]))
-        return claim._replace(weight=chance)
+        return claim._replace(weight=chance * claim.weight)
 
     def coming(self, state: State, end: float, most: int) -> tuple[list[Claim], list[float]]:
         """Frames that will come by the end: claims, and their times with one more after all of them."""
@@ -227,6 +231,8 @@ class Habits:
         for upcoming in self._coming:
             counts[upcoming.stream] += 1
         span = max(self._arrivals[-1] - self._arrivals[0], 1) if self._arrivals else 1
+        most = max(counts.values(), default=1)
+        self.weights = {stream: min((most / count) ** RARITY, RAREST) for stream, count in counts.items()}
         for stream, count in counts.items():
             (unit, ns, _), *others = self.ways(stream, self._frames[stream])
             ample = [other for _, other, _ in others if other <= ENOUGH * self._due[stream]]

@@ -8,7 +8,8 @@ a frame comes. Frames that can no longer be in time are dropped before they cost
 loses is accepted: the search begins again when something else would be lost, and while nothing unforeseen happens, the
 default is trusted for half a horizon.
 
-A token's deadline here is the request's: the first token's time and a target for each token since, so that what a
+Frames of rarer streams and first tokens weigh more than frames of which there are many, between counting all alike
+and counting every stream alike. A token's deadline here is the request's: the first token's time and a target for each token since, so that what a
 request has saved can be spent.
 
 What is known: the jobs, periodic frames to come at their nominal times. What is learned as it goes: which stream
@@ -45,6 +46,7 @@ FRAMES = 32  # frames to come that a future holds at most
 CLAIMS = 6  # jobs of which alternatives are played
 BETTER = 0.02  # violations: what an alternative must save
 DEGRADED = 0.5  # of a violation: a step of quality 0 instead of 1
+MARGIN = 0.05  # of the time that a prompt has: kept back for what cannot be foreseen
 LATE = 1e-3  # of a violation: a frame that is late already and must be run some time
 TRUSTED = 0.5  # of the horizon
 
@@ -307,8 +309,11 @@ class Lookahead:
         plain = ways_of(job.options)
         unit, ns, _ = plain[0]
         left = max(0.0, (job.remaining[unit] or 0) / ns - 1.0)
-        mode = Mode(left if left > 1e-3 else 0.0, plain, token, target, float(job.deadline - job.arrival))
-        return Claim(job.deadline, number, job.deadline, ways, REQUEST, stream, None, mode)
+        patience = float(job.deadline - job.arrival)
+        mode = Mode(left if left > 1e-3 else 0.0, plain, token, target, patience)
+        early = job.deadline - MARGIN * patience
+        deadline = early if now + ways[0][1] + mode.left * ns <= early else float(job.deadline)
+        return Claim(deadline, number, deadline, ways, REQUEST, stream, None, mode)
 
     def _ways(self, job: Job) -> Ways:
         """With the setup, less the switch that a play adds by itself."""

@@ -60,24 +60,36 @@ def violations(done: Run) -> int:
     return lost
 
 
-def unavoidable(load: Workload) -> int:
-    """Frames and targets that no schedule meets: longer alone, on the quickest unit in any variant, than there is time.
+def unavoidable(load: Workload) -> list[int]:
+    """By stream: frames and targets that no schedule meets.
 
-    Of requests it counts first tokens only where no prompt could be read in time, and no times per token.
+    They take longer alone, on the quickest unit in any variant, than there is time; a model's first job, with its
+    loading. Of requests it counts first tokens only, and no times per token.
     """
     streams = load.setting.streams
     quickest = [
         min(option.ns for option in stream.options) if isinstance(stream, Stream) else _least_per_token(stream)
         for stream in streams
     ]
-    soonest: list[int] = []  # by number: when it could be done; what it comes after has a lower number
-    lost = 0
+    starts: list[int] = []  # by number: when it can begin; what it comes after has a lower number
+    soonest: list[int] = []  # and be done, its model being loaded
+    first: dict[str, int] = {}
     for number, (place, arrival, parent) in enumerate(zip(load.streams, load.arrivals, load.parents, strict=True)):
-        start = max(arrival, soonest[parent]) if parent >= 0 else arrival
+        starts.append(max(arrival, soonest[parent]) if parent >= 0 else arrival)
+        work = quickest[place] * (1 if isinstance(streams[place], Stream) else load.prompts[number])
+        soonest.append(starts[number] + ceil(work))
+        model = streams[place].model or streams[place].name
+        if starts[number] < starts[first.setdefault(model, number)]:
+            first[model] = number
+    for number in first.values():
+        stream = streams[load.streams[number]]
+        loads = [stream.load_ns[option.unit] for option in stream.options if stream.load_ns]
+        soonest[number] += min(loads, default=0)
+    lost = [0] * len(streams)
+    for number, (place, done) in enumerate(zip(load.streams, soonest, strict=True)):
         stream = streams[place]
-        soonest.append(start + ceil(quickest[place] * (1 if isinstance(stream, Stream) else load.prompts[number])))
-        due = load.deadlines[number] if isinstance(stream, Stream) else start + stream.ttft
-        lost += soonest[number] > due and due <= load.setting.duration
+        due = load.deadlines[number] if isinstance(stream, Stream) else starts[number] + stream.ttft
+        lost[place] += done > due and due <= load.setting.duration
     return lost
 
 
@@ -154,7 +166,7 @@ def exhaustive(load: Workload, tries: int = TRIES) -> Bound:
     Unless `tries` runs suffice, the best of them comes back unproven.
     """
     best = _best_policy(load)
-    least = unavoidable(load)
+    least = sum(unavoidable(load))
     parents = {load.streams[parent] for parent in load.parents if parent >= 0}
     choices: list[int] = []
     tried = 0
@@ -244,7 +256,7 @@ def search(load: Workload, rounds: int = ROUNDS, seed: int = 0) -> Bound:
     """The best schedule found in so many runs; the same for the same seed."""
     rng = Random(seed)
     best = _best_policy(load)
-    least = unavoidable(load)
+    least = sum(unavoidable(load))
     plan = _plan_of(best.run)
     now = run(load, _Planned(plan))
     current = violations(now)
