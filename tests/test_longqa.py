@@ -88,3 +88,18 @@ def test_bad_wishes_are_one_line() -> None:
         with pytest.raises(ValueError, match=f"{count} questions about {PEOPLE} people"):
             Wanted(2000, questions=count)
     assert len(set(longqa.NAMES)) == len(longqa.NAMES) >= PEOPLE
+
+
+def test_single_questions_ask_for_the_town() -> None:
+    document = make(Wanted(1200, questions=4, seed=5, single=2), encode)
+    text = decode(document.ids)
+    for number, question in enumerate(document.questions):
+        asked = decode(question.ids)
+        person = asked.split("Where does " if number < 2 else "the town where ")[1].split(" live")[0]
+        town = text.split(f"{person} lives in the town of ")[1].split(".")[0]
+        assert (question.answer == town) == (number < 2) and town not in asked
+        assert question.answer not in question.decoys and len(set(question.decoys)) == PEOPLE - 1
+        said = " lives in the town of {}." if number < 2 else " is {}."
+        assert all(text.count(said.format(each)) == 1 for each in (question.answer, *question.decoys))
+    with pytest.raises(ValueError, match="5 of 4 questions"):
+        Wanted(1200, questions=4, single=5)

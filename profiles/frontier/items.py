@@ -1,4 +1,4 @@
-"""What a point is asked at a context: needles and two-hop questions made to its length, and items of benchmarks.
+"""What a point is asked at a context: needles and questions made to its length, and items of benchmarks.
 
 Items come in groups of UNIT that share a text, so that it is read once, the tasks in turn, so that any first so many
 items hold all of them alike. A score is 0 or 1; of GSM8K, whose problems small models do not solve, the probability of
@@ -92,7 +92,7 @@ def _needles(length: int, reading: Reading, seed: int) -> Asking:
 
 
 def _questions(length: int, reading: Reading, seed: int) -> Asking:
-    return longqa.make(longqa.Wanted(length, UNIT, seed), reading.encode, reading.first)
+    return longqa.make(longqa.Wanted(length, UNIT, seed, UNIT // 2), reading.encode, reading.first)
 
 
 def _made(task: str, number: int, case: Asking) -> Iterator[Asked]:

@@ -9,8 +9,8 @@ loses is accepted: the search begins again when something else would be lost, an
 default is trusted for half a horizon.
 
 Frames of rarer streams and first tokens weigh more than frames of which there are many, between counting all alike and
-counting every stream alike. A token's deadline here is the request's: the first token's time and a target for each token
-since, so that what a request has saved can be spent.
+counting every stream alike. A token's deadline here is the request's: the first token's time and a target for each
+token since, so that what a request has saved can be spent.
 
 What is known: the jobs, periodic frames to come at their nominal times. What is learned as it goes: which stream
 follows which (its frames appear when the other's finish), how long tokens take. What is not: when requests come, how
