@@ -6,7 +6,8 @@ search      successive halving against the whole grid over CACHES in two group s
             frontier points it measured to the end, how far its frontier is from the grid's, and its items' share of the
             grid's. The share is also told with screens (bytes and KL of every point), which both need
 reduction   total memory saved, and accuracy lost, by 4-bit weights with quantized caches in chunks of 256, against the
-            model as it is with everything in 16 bit and the prompt read at once, on needles and long-qa. The bar holds a point that saves enough at every context and whose loss over all items is small enough
+            model as it is with everything in 16 bit and the prompt read at once, on needles and long-qa. The
+            bar holds a point that saves enough at every context and whose loss over all items is small enough
 smoothing   KL and needles under int4 and int2, keys alone and with values, with and without the mean of keys taken out
 
 Sizes: --items of each task at 1,024 tokens and below, in proportion fewer at longer contexts, at least 4. What was
