@@ -7,7 +7,7 @@
 Attention reads keys and values as the cache holds them, those of the chunk being read too, as ONNX Runtime does. So
 with given scales, and per token without smoothing, a scheme gives the same whatever the chunk. Otherwise it does not:
 the window is that of the chunk's end, and means and ranges are of what has come so far. With 16 bit on both sides
-chunks change nothing but the order of sums.
+chunks change nothing but the order of sums (kvchunks.py).
 
 Layers with a sliding window keep all tokens and leave the window to the model's mask: right in what they compute, more
 than they need in bytes, the 16-bit baseline too. Models with other memory than keys and values are refused.
@@ -72,6 +72,10 @@ class QuantizedCache(Cache):
         """Bytes of the tensors that are kept: codes, scales, zero points, means, and what is in 16 bit."""
         return sum(layer.nbytes for layer in self._kept)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is kept, layer by layer."""
+        return [tensor for layer in self._kept for side in layer.sides for tensor in side.tensors()]
+
     def memory(self) -> Memory:
         """What entered, if it was recorded."""
         return [layer.recorded_pair() for layer in self._kept]
@@ -127,7 +131,7 @@ def prefill(
     try:
         with peak or contextlib.nullcontext():
             for start, stop in spans(ids.shape[1], chunk):
-                logits = _pass(model, ids[:, start:stop], cache, 1)[:, 0]
+                logits = last_logits(model, ids[:, start:stop], cache, 1)[:, 0]
     finally:
         cache.peak = None
     return Prefilled(logits, None if peak is None else peak.nbytes)
@@ -152,8 +156,8 @@ def _context(model: Any) -> int:
     return int(model.config.get_text_config().max_position_embeddings)
 
 
-def _pass(model: Any, ids: torch.Tensor, cache: QuantizedCache, last: int) -> torch.Tensor:
-    """Logits (B, last, V) at the end of ids (B, T)."""
+def last_logits(model: Any, ids: torch.Tensor, cache: QuantizedCache, last: int) -> torch.Tensor:
+    """Read ids (B, T) in one pass behind what a cache holds; logits (B, last, V) at their end."""
     partly = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **partly).logits[:, -last:]
     return logits
@@ -196,7 +200,7 @@ class KVReader:
             wanted = part.positions[(part.positions >= start) & (part.positions < stop)] - start
             width = stop - start - int(wanted[0]) if len(wanted) else 1
             rows = torch.from_numpy(wanted).to(self._model.device) - (stop - start - width)
-            kept.append(_pass(self._model, ids, cache, width)[0, rows].float().cpu().numpy())
+            kept.append(last_logits(self._model, ids, cache, width)[0, rows].float().cpu().numpy())
         return Outcome(np.concatenate(kept), cache.memory() if part.keep else None)
 
 
@@ -237,7 +241,7 @@ def kv_replies(
             new.append(token)
             if len(new) == most or len(ids) + len(new) > reader.context_length:
                 break
-            token = int(_pass(model, torch.tensor([[token]], device=model.device), cache, 1).argmax())
+            token = int(last_logits(model, torch.tensor([[token]], device=model.device), cache, 1).argmax())
         return new
 
     return reply

@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, out: Path, suites: str) -> dict[str, Any]:
-    sizes = {"context": 256, "rounds": 2, "tokens": 64, "threads": 1}
+    sizes = {"context": 256, "rounds": 2, "tokens": 64, "prompt": 128, "threads": 1}
     kv_simulation.main(out, suites, str(folder), None, **sizes, json=False)  # type: ignore[arg-type]
     found: dict[str, Any] = json.loads((out / "kv_simulation.json").read_text())
     return found
@@ -33,6 +33,16 @@ def test_bytes_and_values_meet_their_bars(folder: Path, tmp_path: Path, capsys: 
     assert all(row["nbytes"] == row["formula"] > 0 for row in found["bytes"]["rows"])
     assert all(row["differ"] == 0 and row["values"] > 0 for row in found["equal"]["rows"])
     assert capsys.readouterr().out.count(": met") == 2
+
+
+def test_chunks_change_only_the_order_of_sums(folder: Path, tmp_path: Path) -> None:
+    found = run(folder, tmp_path, "chunks")["chunks"]
+    part, whole = found["rows"]
+    assert (part["chunk"], whole["chunk"], part["f64_differ"]) == (64, 128, 0) and found["met"]
+    assert part["numbers"] == 2 * 2 * 2 * 64 * 128
+    assert part["f64_logits"] < 1e-12 and part["f32_logits"] < 1e-3
+    assert part["peak"] < whole["peak"]
+    assert all(row["peak"] == pytest.approx(row["formula"], rel=0.02) for row in found["rows"])
 
 
 def test_simulated_caches_cost_what_the_runtimes_do(folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Simulated KV caches: kvpack, kvlayer, kvpeak and kvcache of recover/."""
+"""Simulated KV caches: kvpack, kvlayer, kvpeak, kvcache and kvchunks of recover/."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import DynamicCache, JambaConfig, LlamaForCausalLM, MistralCon
 
 import tiny
 from rlkit.export import kvscales
-from rlkit.recover import kvpack
+from rlkit.recover import kvchunks, kvpack
 from rlkit.recover.kvcache import QuantizedCache, kv_logits, kv_replies, kv_samples, kv_scorer, prefill
 from rlkit.recover.kvformat import SCHEMES, KVFormat, KVScheme, nbytes, parse
 from rlkit.recover.kvlayer import QuantizedLayer, Side
@@ -320,3 +321,43 @@ def test_what_does_not_fit_is_refused_in_one_line(model: Any, tmp_path: Path) ->
         with pytest.raises(ValueError, match=reason) as caught:
             attempt()
         assert "\n" not in str(caught.value)
+
+
+CHUNKS = (1, 7, 64, 300)
+
+
+def test_chunks_change_nothing_but_the_order_of_sums(model: Any) -> None:
+    row, exact = ids(80).tolist(), copy.deepcopy(model).double()
+    for one in kvchunks.apart(exact, row, CHUNKS, exact=True):
+        assert (one.differ, one.numbers) == (0, 2 * 2 * H * D * 80)  # bit for bit
+        assert one.logits < 1e-12 and one.kl < 1e-12
+    narrow = list(kvchunks.apart(model, row, CHUNKS, exact=False))
+    assert [one.chunk for one in narrow] == list(CHUNKS)
+    assert narrow[0].differ > 0 and all(one.logits < 1e-3 and one.kl < 1e-6 for one in narrow)
+    assert (narrow[-1].differ, narrow[-1].logits) == (0, 0.0)  # longer than the prompt
+
+
+def test_a_fault_in_chunks_is_no_rounding(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first token is lost to some chunks only, all that the next layer keeps differs."""
+    exact = copy.deepcopy(model).double()
+    read = Side.read
+
+    def short(side: Side, dtype: torch.dtype) -> torch.Tensor:
+        found = read(side, dtype).clone()
+        found[:, :, 0] *= found.shape[2] < 100
+        return found
+
+    monkeypatch.setattr(Side, "read", short)
+    (one,) = kvchunks.apart(exact, ids(120).tolist(), (64,), exact=True)
+    assert one.logits > 1e-3 and one.differ > one.numbers / 8
+
+
+def test_what_cannot_be_compared_in_chunks(model: Any) -> None:
+    cases = [
+        (ids(20), {"exact": True}, "torch.float32 does not compute in float64"),
+        (ids(300), {"exact": False}, "300 tokens are more than the model's context"),
+        (ids(7), {"exact": False}, "7 tokens are too few"),
+    ]
+    for row, how, says in cases:
+        with pytest.raises(ValueError, match=says):
+            list(kvchunks.apart(model, row.tolist(), (4,), **how))

@@ -6,6 +6,9 @@ bytes      what the tensors of caches weigh, against kvformat.nbytes
 equal      what caches give back, against the quantizer written again here in plain numpy, bit for bit
 attention  seconds of a decode step's attention in all layers, as ratios to 16-bit KV; schemes in turns, medians;
            float32 is what transformers keeps, which needs no conversion
+chunks     a prompt into 16-bit KV in chunks, against the whole prompt: how many of the cache's numbers differ, the
+           largest difference of logits, KL; in float64, which the bar is for, and in float32 (kvchunks.py says why).
+           The peak of activations of a pass, counted and by the formula of `rlkit kv --analytic`
 runtime    KL to the original of a bundle's int8 and int4 caches, and of their simulation under the same scales
 
 The runtime's suite takes the model's own weights on both sides: a bundle in which nothing is rounded further and
@@ -29,6 +32,8 @@ from rlkit.apps.kvcalibrate import WINDOW
 from rlkit.export import kvscales
 from rlkit.export.kvscales import SCHEMES, Choices, LayerScales
 from rlkit.profiles import divergence, text
+from rlkit.profiles.architecture import read_architecture
+from rlkit.profiles.frontier.analytic import activations_nbytes
 from rlkit.recover import assets, source
 from rlkit.recover.atomic import write_json
 from rlkit.recover.kvformat import KVFormat, nbytes, parse
@@ -43,6 +48,8 @@ TIME_BAR = 3.0  # times 16-bit KV
 KL_BAR = 0.01  # nats between both divergences
 WHOLE, FLOAT32 = "k16v16", "float32"
 TRIED = "k8v8,k8v4,k4v4,k4v4:g32,k4v4:smooth,k4v4:w128,k4v2,k2v2,kivi4,kivi2,k4v4:block,k4v4:tensor"
+CHUNKS = (64, 256, 512)
+LOGITS_BAR = 1e-9  # between logits in float64
 TIMED = "k8v8,k8v4,k4v4,k4v4:smooth,k2v2,kivi2"
 LONGEST = 333  # tokens whose values are compared: plain numpy takes one group at a time
 
@@ -58,6 +65,7 @@ class Wanted:
     context: int
     rounds: int
     tokens: int
+    prompt: int
     threads: int
     out: Path
     bundle: Path | None
@@ -140,6 +148,31 @@ def attention(wanted: Wanted, _tell: Tell) -> dict[str, Any]:
         rows.append({"kv": name, "seconds": statistics.median(seconds[number] for seconds in rounds), "ratio": ratio})
     facts: dict[str, Any] = {"context": wanted.context, "layers": shape.layers, "rounds": wanted.rounds}
     return {**facts, "rows": rows, "bar": TIME_BAR, "met": all(row["ratio"] <= TIME_BAR for row in rows)}
+
+
+def chunks(wanted: Wanted, _tell: Tell) -> dict[str, Any]:
+    """What reading a prompt in chunks changes, and what it saves."""
+    from rlkit.recover.kvchunks import apart
+    from rlkit.recover.kvfootprint import footprint
+    from rlkit.recover.model import load_model
+
+    found = source.resolve(wanted.model)
+    model, _tokenizer = load_model(found)
+    shape, tokens = read_architecture(found), wanted.prompt
+    ids = np.random.default_rng(0).integers(3, wanted.shape.vocab, tokens).tolist()
+    sizes = [size for size in CHUNKS if size < tokens]
+    peaks = [footprint(model.float(), parse(WHOLE), ids, size).activations_nbytes for size in (*sizes, None)]
+    narrow = list(apart(model, ids, sizes, exact=False))
+    wide = list(apart(model.double(), ids, sizes, exact=True))
+    rows: list[dict[str, Any]] = []
+    for size, peak, *pair in zip((*sizes, tokens), peaks, (*wide, None), (*narrow, None), strict=True):
+        row: dict[str, Any] = {"chunk": size, "numbers": wide[0].numbers}
+        for name, one in zip(("f64", "f32"), pair, strict=True):
+            facts = (one.differ, one.logits, one.kl) if one else (0, 0.0, 0.0)
+            row |= dict(zip((f"{name}_{key}" for key in ("differ", "logits", "kl")), facts, strict=True))
+        rows.append({**row, "peak": peak, "formula": activations_nbytes(shape, tokens, size, "sdpa")})
+    met = all(one.logits <= LOGITS_BAR and one.differ == 0 for one in wide)
+    return {"tokens": tokens, "rows": rows, "bar": LOGITS_BAR, "met": met}
 
 
 def beside_runtime(wanted: Wanted, tell: Tell) -> dict[str, Any]:
@@ -226,6 +259,7 @@ SUITES: dict[str, Callable[[Wanted, Tell], dict[str, Any]]] = {
     "bytes": sizes,
     "equal": equal,
     "attention": attention,
+    "chunks": chunks,
     "runtime": beside_runtime,
 }
 
@@ -240,6 +274,7 @@ def main(  # noqa: PLR0913, one parameter per option of the command
     context: Annotated[int, typer.Option(min=256, help="Tokens for bytes and attention.")] = 4096,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of attention that count.")] = 15,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens whose divergence is measured.")] = 2048,
+    prompt: Annotated[int, typer.Option(min=128, help="Tokens of the prompt that is read in chunks.")] = 1024,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
 ) -> None:
@@ -251,7 +286,7 @@ def main(  # noqa: PLR0913, one parameter per option of the command
     found: dict[str, Any] = {"schema_version": 1, "model": model}
     with console.progress(quiet=json) as tell:
         shape = source.read_shape(source.resolve(model, download=model in assets.registry(), tell=tell))
-        wanted = Wanted(model, shape, context, rounds, tokens, threads, out, bundle)
+        wanted = Wanted(model, shape, context, rounds, tokens, prompt, threads, out, bundle)
         for name in names:
             found[name] = SUITES[name](wanted, tell)
     write_json(out / "kv_simulation.json", found)
