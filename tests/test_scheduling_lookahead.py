@@ -8,6 +8,7 @@ import pytest
 
 from rlkit.profiles.scheduling.arrivals import expand
 from rlkit.profiles.scheduling.engine import run
+from rlkit.profiles.scheduling.foresight import Play
 from rlkit.profiles.scheduling.lookahead import Lookahead
 from rlkit.profiles.scheduling.metrics import Metrics, measure
 from rlkit.profiles.scheduling.oracle import exhaustive, violations
@@ -171,3 +172,20 @@ def test_frames_of_streams_that_only_meet_by_chance_are_not_taken_to_follow_each
     quick = [frames(f"q{n}", 10 + n // 2, 0.4, jitter=4 * MS, deadline=30 * MS) for n in range(6)]
     done = under(seconds(*quick, frames("long", 25, 8, jitter=4 * MS), length=3))
     assert measure(done).violation_rate < 0.01
+
+
+def test_futures_of_very_short_tokens_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times in nanoseconds: half a million tokens would fit into the least horizon in time."""
+    ends: list[float] = []
+    finish = Play._finish
+
+    def counted(self: Play, unit: int) -> None:
+        ends.append(self.now)
+        assert len(ends) < 50_000
+        finish(self, unit)
+
+    monkeypatch.setattr(Play, "_finish", counted)
+    talk = llm([phase(0, 64, 700)], [phase(0, 1, 100)], range(0, 10_000, 5_000), output=Lengths(12, 12))
+    tight = Stream("tight", (Option(0, 900),), 2_000, 1_000)
+    done = under(setting(talk, tight, duration=10_000))
+    assert len(done.rows) > 10 and ends
