@@ -42,7 +42,7 @@ __all__ = ["Lookahead"]
 
 SHORTEST, LONGEST = 50e6, 300e6  # ns, of the horizon
 STEPS_AHEAD = 2.0  # horizon in the longest steps that could start now
-TOKENS = 600  # horizon in the shortest tokens, at most: nothing else ends their row
+STEPS_AT_MOST = 600  # horizon in the shortest steps of requests, which nothing else ends
 FRAMES = 32  # frames to come that a future holds at most
 CLAIMS = 6  # jobs of which alternatives are played
 BETTER = 0.02  # violations: what an alternative must save
@@ -124,7 +124,7 @@ class Lookahead:
             if future.job is None or future.job.kind == Kind.FRAME:
                 return self._decision(future, int(self._trusted) + 1)
         longest = max(claim.ways[-1][1] for claim in claims)
-        horizon = min(max(STEPS_AHEAD * longest, SHORTEST), LONGEST, TOKENS * self._token(claims))
+        horizon = min(max(STEPS_AHEAD * longest, SHORTEST), LONGEST, STEPS_AT_MOST * self._shortest(claims))
         self._end = now + horizon
         self._coming, self._times = self._habits.coming(state, self._end, FRAMES)
         self._world.prices = self._habits.prices
@@ -132,10 +132,10 @@ class Lookahead:
         self._trusted = self._safe_until(now, best)
         return self._decision(best, int(min(self._times[0], self._end)) + 1)
 
-    def _token(self, claims: list[Claim]) -> float:
-        """The shortest token of what waits and what runs."""
+    def _shortest(self, claims: list[Claim]) -> float:
+        """The shortest chunk or token of what waits and what runs."""
         modes = [claim.mode for claim in (*claims, *(held[-1] for held in self._held)) if claim.mode is not None]
-        return min((mode.token[0][1] for mode in modes if mode.token), default=ENDLESS)
+        return min((ways[0][1] for mode in modes for ways in (mode.chunk, mode.token) if ways), default=ENDLESS)
 
     def _safe_until(self, now: int, best: Future) -> float:
         """How long the default needs no second thought: not up to where what is lost may be lost to a decision."""
