@@ -18,6 +18,7 @@ from rlkit.apps.depthsuite import Asked
 from rlkit.apps.depthwork import CUTS, DEFAULTS, FULL, SAME, Settings, Work
 from rlkit.profiles.depthresult import DepthResult, Row, Suite
 from rlkit.recover import depthfile
+from rlkit.recover.atomic import refuse_existing
 from rlkit.recover.depthfile import Kind
 
 ABOUT = """Depth from one image, or disparity of a pair: train networks, make smaller ones, export and measure them.
@@ -100,13 +101,13 @@ def slim(  # noqa: PLR0913, one parameter per option of the command
 ) -> None:
     """Make smaller networks of the full one, let it teach them, and measure all: a frontier, with baselines.
 
-    Writes depth.json and report.html into the folder. Networks that are there stay; other cuts are added.
+    Writes depth.json, report.html and pictures into the folder. Networks that are there stay; other cuts are added.
 
     Example: rlkit depth slim ./depth --cuts level,widths:0.5,prune:0.1
     """
     work = work_of(folder, steps=steps, rate=rate, lesson=lesson)
     names = words(cuts) or CUTS[work.settings.kind]
-    check_cuts(names)
+    check_cuts(work.settings.kind, names)
     with console.progress(quiet=json) as tell:
         for name in (SAME, *names):
             work.slim(name, tell)
@@ -130,7 +131,6 @@ def export_network(
     Example: rlkit depth export ./depth/networks/level -o level.onnx
     """
     from rlkit.export.vision import export_depth
-    from rlkit.recover.atomic import refuse_existing
 
     refuse_existing(output, force=force)
     export_depth(network, output, size=None if size is None else size_of(size), stage=stage, unroll=unroll)
@@ -145,26 +145,44 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="A folder to measure on as well: KITTI, SceneFlow, DIODE.")] = None,
     motorcycle: Motorcycle = True,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime, for .onnx files.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the result, its page and pictures as PNG.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure a network on held-out data, with a constant and (for pairs) semi-global matching in the same table.
 
-    Example: rlkit depth eval ./depth/networks/full
+    Example: rlkit depth eval ./depth/networks/full -o ./measured
     """
+    if output is not None:
+        refuse_existing(output, force=False)
     description, predict = _opened(network, threads)
-    settings = replace(DEFAULTS[description.kind], size=description.size)
+    settings = _learned_with(description)
     with console.progress(quiet=json) as tell:
         held = held_out(settings, count, tell, data=data, motorcycle=motorcycle)
         scored = depthscore.scores(held, predict, description.scale)
         samples = depthwork.samples_of(settings)
-        learned = [samples.get(index) for index in range(depthscore.LEARNED_FROM)]
+        learned = [samples.get(index) for index in range(min(samples.count, depthscore.LEARNED_FROM))]
         rows = [Row(network.name, "as given", scored)]
         rows += depthscore.baselines(held, learned, description.scale, tell)
-    suite = Suite(description.kind, *description.size, tuple(each.data for each in held), tuple(rows))
-    if json:
+        shown = depthscore.pictures(held, {network.name: predict}) if output else ()
+    suite = Suite(description.kind, *description.size, tuple(each.data for each in held), tuple(rows), pictures=shown)
+    if output is not None:
+        finish(output, (suite,), json=json)
+    elif json:
         console.emit_json(DepthResult((suite,)).to_json())
-        return
-    show(suite)
+    else:
+        show(suite)
+
+
+def _learned_with(description: depthfile.Description) -> Settings:
+    """How a network learned, so that the constant is that of its data; the usual way if it does not say."""
+    try:
+        settings = depthwork.settings_of(description)
+    except ValueError:
+        settings = DEFAULTS[description.kind]
+    data = settings.data if settings.data and settings.data.is_dir() else None
+    return replace(settings, size=description.size, data=data)
 
 
 def _opened(network: Path, threads: int) -> tuple[depthfile.Description, depthscore.Predict]:
@@ -194,5 +212,5 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 def words(text: str | None) -> tuple[str, ...]:
-    """What stands between commas."""
-    return tuple(filter(None, (part.strip() for part in (text or "").split(","))))
+    """What stands between commas, each once, without spaces."""
+    return tuple(dict.fromkeys(filter(None, ("".join(part.split()) for part in (text or "").split(",")))))

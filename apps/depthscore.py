@@ -14,7 +14,7 @@ import numpy as np
 
 from rlkit.profiles import depthmetrics
 from rlkit.profiles.depthmetrics import DepthScore, StereoScore
-from rlkit.profiles.depthresult import Data, Picture, Row, Score, Scored
+from rlkit.profiles.depthresult import LEADING, Data, Picture, Row, Score, Scored
 from rlkit.recover import depthdata, scenes
 from rlkit.recover.depthfile import Kind
 from rlkit.recover.depthsample import DepthSample, Image, LogScale, Map, StereoSample, shrink
@@ -65,10 +65,20 @@ def held_folder(kind: Kind, folder: Path, limit: int, size: tuple[int, int]) -> 
     if not all(isinstance(sample, wanted) for sample in found):
         needs = "single images with depth (DIODE)" if kind is Kind.MONO else "pairs (KITTI, SceneFlow)"
         raise ValueError(f"{folder} does not hold what {kind} networks are measured on; give a folder of {needs}")
+    return Held(Data(folder.name, f"{folder}", len(found)), _grouped(found))
+
+
+def held_samples(name: str, samples: Sequence[Sample], size: tuple[int, int]) -> Held:
+    """Samples at hand, such as some that networks learned from; single images shrunk towards height and width."""
+    data = Data(name, "samples at hand", len(samples), held_out=False)
+    return Held(data, _grouped([_fitted(each, size) for each in samples]))
+
+
+def _grouped(samples: Sequence[Sample]) -> tuple[Sample, ...]:
     groups: dict[tuple[int, ...], list[Sample]] = {}
-    for sample in found:
+    for sample in samples:
         groups.setdefault(truth_of(sample).shape, []).append(sample)
-    return Held(Data(folder.name, f"{folder}", len(found)), tuple(_batched(each) for each in groups.values()))
+    return tuple(_batched(each) for each in groups.values())
 
 
 def _batched(samples: Sequence[Sample]) -> Sample:
@@ -115,6 +125,23 @@ def scores(held: Iterable[Held], predict: Predict, scale: LogScale | None) -> tu
             parts = [_score(maps[stage], group, scale) for maps, group in zip(said, each.groups, strict=True)]
             found.append(Scored(each.data.name, _pooled(parts), None if stage == count - 1 else stage + 1))
     return tuple(found)
+
+
+def leading(kind: Kind, found: Iterable[Scored]) -> float | None:
+    """The figure that leads among scores of one data set: SSIM, or the three-pixel error."""
+    answer = next(each for each in found if each.stage is None)
+    value = getattr(answer.score, LEADING[kind])
+    return None if value is None else float(value)
+
+
+def worse(kind: Kind, found: float | None, best: float | None) -> float | None:
+    """How much worse one leading figure is: share of the SSIM, or three-pixel errors' difference; both in 0..1.
+
+    None where one is not known, and for a share of an SSIM that is not above 0.
+    """
+    if found is None or best is None or (kind is Kind.MONO and best <= 0):
+        return None
+    return 1 - found / best if kind is Kind.MONO else found - best
 
 
 def _score(predicted: Map, sample: Sample, scale: LogScale | None) -> Score:

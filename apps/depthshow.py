@@ -12,23 +12,25 @@ from typing import Any
 from rlkit.apps import console, depthscore, depthwork
 from rlkit.apps.depthscore import Held
 from rlkit.apps.depthsuite import loss
-from rlkit.apps.depthwork import FULL, Settings, Work
-from rlkit.profiles import depthpage, depthresult
+from rlkit.apps.depthwork import CUTS, FULL, Settings, Work
+from rlkit.profiles import depthpage, depthpictures, depthresult
 from rlkit.profiles.depthmetrics import StereoScore
 from rlkit.profiles.depthresult import DepthResult, Row, Suite
 from rlkit.recover import depthfile
 from rlkit.recover.depthfile import Kind
 from rlkit.recover.progress import Tell
 
-PAGE = "report.html"
+PAGE, PICTURES = "report.html", "pictures"
 
 
-def check_cuts(names: Sequence[str]) -> None:
-    """ValueError for a cut that is written otherwise."""
+def check_cuts(kind: Kind, names: Sequence[str]) -> None:
+    """ValueError for a cut that is written otherwise, or is none for networks of that kind."""
     from rlkit.recover import slim as cutting
 
+    other = cutting.How.SPN if kind is Kind.MONO else cutting.How.LEVEL
     for name in names:
-        cutting.parse(name)
+        if any(cut.how is other for cut in cutting.parse(name)):
+            raise ValueError(f"{name!r}: {other} is no cut for a {kind} network; use {', '.join(CUTS[kind])}")
 
 
 def work_of(folder: Path, **given: Any) -> Work:
@@ -50,17 +52,18 @@ def held_out(
 
 
 def finish(folder: Path, suites: Sequence[Suite], *, json: bool) -> None:
-    """Write the result and its page, and show it."""
+    """Write the result, its page and its pictures, and show it."""
     about = (f"rlkit {version('rlkit-edge')}: rlkit {shlex.join(sys.argv[1:])}",)
     result = DepthResult(tuple(suites), about)
     depthresult.write(folder, result)
     depthpage.write(folder / PAGE, result)
+    depthpictures.write(folder / PICTURES, result)
     if json:
         console.emit_json(result.to_json())
         return
     for suite in suites:
         show(suite)
-    console.say(f"result: {folder / depthresult.RESULT}\npage: {folder / 'report.html'}")
+    console.say(f"result: {folder / depthresult.RESULT}\npage: {folder / PAGE}\npictures: {folder / PICTURES}")
 
 
 COLUMNS = {Kind.MONO: ("SSIM", "AbsRel", "d<1.25"), Kind.STEREO: ("3px err", "EPE px")}
@@ -72,7 +75,8 @@ NOTE = {
 
 def show(suite: Suite) -> None:
     """A table of sizes and speed, one per data set, and the bars; what a page has room for is there."""
-    console.table(("", "parameters", "fewer %", "MFLOP", "file", "ms", "times as fast"), list(_sizes(suite)))
+    if sizes := list(_sizes(suite)):
+        console.table(("", "parameters", "fewer %", "MFLOP", "file", "ms", "times as fast"), sizes)
     for data in suite.data:
         columns = ("", *COLUMNS[suite.kind], "lost %")
         rows = [cells for row in suite.rows if (cells := _cells(suite, row, data.name))]

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlkit.apps import depthscore, depthtime
+from rlkit.apps import depthint8, depthscore, depthtime
 from rlkit.apps.depthscore import Held, Predict
-from rlkit.apps.depthwork import FULL, SAME, Work, samples_of
+from rlkit.apps.depthwork import FULL, INT8, SAME, Work, samples_of
 from rlkit.profiles.depthresult import Bar, Row, Suite
 from rlkit.recover import depthfile
 from rlkit.recover.depthfile import Kind
 from rlkit.recover.progress import Tell, silent
 
-INT8 = "-int8"
-CALIBRATED_ON = 8  # training samples
 FRAME = (256, 256)  # height and width whose FLOPs and latency are told: what the paper's networks see
 SHOWN = 3  # networks in pictures
 # Fewer parameters, and the loss of the leading figure; without SPN an AnyNet has 19.97 % fewer.
@@ -41,7 +39,7 @@ def measure(work: Work, names: Sequence[str], held: Sequence[Held], asked: Asked
     export(work, names)
     rows = [replace(row, nbytes=work.onnx(row.name).stat().st_size) for row in rows]
     if asked.int8:
-        rows += [_int8_row(work, row, held) for row in list(rows) if row.name != SAME]
+        rows += [_int8_row(work, row, held, tell) for row in list(rows) if row.name != SAME]
     if asked.seconds:
         files = {row.name: _file(work, row) for row in rows}
         times = depthtime.latencies(files, kind, asked.frame, threads=asked.threads, seconds=asked.seconds, tell=tell)
@@ -71,18 +69,14 @@ def _file(work: Work, row: Row) -> Path:
     return work.onnx(row.name.removesuffix(" int8"), INT8 if row.precision == "int8" else "")
 
 
-def _int8_row(work: Work, row: Row, held: Sequence[Held]) -> Row:
+def _int8_row(work: Work, row: Row, held: Sequence[Held], tell: Tell) -> Row:
     """The row of a network's int8 file, which is made if it is not there."""
-    from rlkit.runtime.visionquant import quantize_static
     from rlkit.runtime.visionrun import open_depth
 
+    how = depthint8.make(work, row.name, tell).how
     path = work.onnx(row.name, INT8)
-    if not path.is_file():
-        samples = samples_of(work.settings)
-        quantize_static(work.onnx(row.name), path, [samples.get(i) for i in range(min(samples.count, CALIBRATED_ON))])
     run = open_depth(path)
     found = depthscore.scores(held, lambda *images: [run(*images)], depthfile.read(work.folder(row.name)).scale)
-    how = "the row without int8, statically quantized (QDQ)"
     return replace(row, name=f"{row.name} int8", how=how, scores=found, nbytes=path.stat().st_size, precision="int8")
 
 
@@ -104,11 +98,8 @@ def reference(suite: Suite, data: str | None = None) -> Row:
 
 
 def loss(suite: Suite, row: Row, data: str | None = None) -> float | None:
-    """How much worse than the reference: share of its SSIM, or three-pixel errors' difference; both in 0..1."""
-    best, found = suite.leading(reference(suite, data), data), suite.leading(row, data)
-    if best is None or found is None:
-        return None
-    return 1 - found / best if suite.kind is Kind.MONO else found - best
+    """How much worse than the reference, as depthscore.worse."""
+    return depthscore.worse(suite.kind, suite.leading(row, data), suite.leading(reference(suite, data), data))
 
 
 def bars(suite: Suite) -> list[Bar]:
@@ -127,7 +118,8 @@ def bars(suite: Suite) -> list[Bar]:
             best = min(known, key=lambda name: known[name])
             claim = f"{share:.0%} fewer parameters, share of {unit} on {data} ({best})"
             found.append(Bar(claim, most, known[best], known[best] <= most))
-    good = [row for row in smaller if row.latency and (loss(suite, row) or 0.0) <= most]
+    within = {row.name for row in smaller if (one := loss(suite, row)) is not None and one <= most}
+    good = [row for row in smaller if row.latency and (row.name in within or not suite.data)]
     if good and full.latency:
         fastest = min(good, key=lambda row: row.latency[0].seconds)
         ratio = full.latency[0].seconds / fastest.latency[0].seconds

@@ -1,9 +1,9 @@
 """A work folder of depth networks: the full one, its smaller ones, their ONNX files, and what is known of all of them.
 
     OUT/networks/NAME     rlkit.recover.depthfile's folder, complete or absent
-    OUT/onnx/NAME.onnx    float32, any size;  NAME-int8.onnx
+    OUT/onnx/NAME.onnx    float32, any size;  NAME-int8.onnx and .json (depthint8.py)
     OUT/state/NAME        how far a training is; gone when its network is complete
-    OUT/depth.json        profiles/depthresult.py, with pictures.safetensors and report.html
+    OUT/depth.json        profiles/depthresult.py, with pictures.safetensors, report.html and pictures/*.png
 
 A second call goes on where the first one stopped. A network in the folder that was made with other settings is refused.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,10 @@ if TYPE_CHECKING:
     from rlkit.recover.depthtrain import Training
 
 FULL, SAME = "full", "same"
+INT8 = "-int8"
 LESSONS = ("truth", "teacher", "both")
 Module = Any  # a torch.nn.Module
 MAX_SEED = 2**31 - 2
-
-
 SLIM_ONLY = ("slim_steps", "slim_rate", "lesson")
 
 
@@ -105,8 +105,9 @@ def view_of(settings: Settings) -> View:
     return View(height, width, max_disparity=min(60.0, width / 4))
 
 
+@lru_cache(1)
 def samples_of(settings: Settings) -> Samples:
-    """What networks learn from."""
+    """What networks learn from; all of a work folder share what was rendered or read."""
     from rlkit.recover import depthbatches
 
     if settings.data is not None:
@@ -143,13 +144,19 @@ class Work:
         """Where its ONNX file is or will be."""
         return self.out / "onnx" / f"{file_name(name)}{suffix}.onnx"
 
+    def state(self, name: str) -> Path:
+        """Where it is kept how far a training is."""
+        return self.out / "state" / f"{file_name(name)}.safetensors"
+
     def done(self, name: str) -> bool:
         """Whether a network is there; ValueError if it was made otherwise."""
         if not self.folder(name).is_dir():
             return False
-        made = depthfile.read(self.folder(name)).made.get("settings")
-        if made != self.settings.to_json(slim=name != FULL):
-            raise ValueError(f"{self.folder(name)} was made with other settings; remove it, or choose another folder")
+        made = depthfile.read(self.folder(name)).made.get("settings") or {}
+        wanted = self.settings.to_json(slim=name != FULL)
+        if other := [f"{key} {made.get(key)}, not {value}" for key, value in wanted.items() if made.get(key) != value]:
+            why = f"{self.folder(name)} was made with other settings ({'; '.join(other[:3])})"
+            raise ValueError(f"{why}; give those, remove it, or choose another folder")
         return True
 
     def train_full(self, tell: Tell, shape: Mapping[str, Any] | None = None) -> None:
@@ -180,7 +187,7 @@ class Work:
 
         lesson = "truth" if teacher is None else self.settings.lesson
         plan = training_of(self.settings, slim=name != FULL, lesson=lesson)
-        state = self.out / "state" / f"{file_name(name)}.safetensors"
+        state = self.state(name)
         if lesson == "truth":
             teacher = None
         steps = depthtrain.train(
@@ -188,6 +195,9 @@ class Work:
         )
         facts = depthtrain.fold(steps, plan, f"train {name}", tell)
         made = {"cut": name, "training": facts, "settings": self.settings.to_json(slim=name != FULL)}
+        int8 = self.onnx(name, INT8)
+        for old in (self.onnx(name), int8, int8.with_suffix(".json")):  # of a network that was removed
+            old.unlink(missing_ok=True)
         depthfile.save(self.folder(name), network, replace(description, made=made))
         state.unlink(missing_ok=True)
 

@@ -31,7 +31,7 @@ COLUMNS = {
 CHART = (520.0, 330.0)
 ON, OFF = 0, 1  # series of the frontier, and of what is behind it
 NARROW = 4.0  # times the smallest
-CLOSE = 14.0  # pixels between two lines of text
+CLOSE, LETTER = 14.0, 7.0  # pixels between two lines of text; of a letter
 
 
 def write(path: Path, result: DepthResult) -> None:
@@ -228,10 +228,10 @@ def _chart(
     parts = [words(12, 16, FIGURES[suite.kind], "start", "h"), *frame.rows(up)]
     parts += frame.columns(right, right.ticks(), number)
     parts.append(words(sum(frame.x) / 2, frame.height - 8, across, "middle", "a"))
-    parts += _baselines(frame, up, flat)
+    taken: list[Taken] = []
+    parts += _baselines(frame, up, flat, taken)
     joined = sorted((right(x), up(y)) for x, y, row in known if row.name in best)
     parts += [path(joined, ON)] if len(joined) > 1 else []
-    taken: list[tuple[float, float]] = []
     for x, y, row in sorted(known, key=lambda each: each[2].name not in best):
         told = f"{row.name}: {number(x)}, {y:.4g}"
         parts.append(mark(right(x), up(y), ON if row.name in best else OFF, told, 5.0))
@@ -258,23 +258,31 @@ def _across(frame: Frame, ends: Sequence[float]) -> Scale:
     return Scale(min(ends) - room, max(ends) + room, *frame.x)
 
 
-def _baselines(frame: Frame, up: Scale, flat: Sequence[tuple[float, Row]]) -> Iterator[str]:
+Taken = tuple[float, float, float]
+"""Where words stand: left end, baseline, width."""
+
+
+def _baselines(frame: Frame, up: Scale, flat: Sequence[tuple[float, Row]], taken: list[Taken]) -> Iterator[str]:
     """Dashed lines; at an edge, as words alone, what is beyond the scale."""
+    at = frame.left + 4
     beyond = {True: frame.top + CLOSE - 2, False: frame.height - frame.bottom - 4}  # above, below
     for y, row in flat:
         if up.low <= y <= up.high:
             yield line(frame.left, up(y), frame.width - frame.right, up(y), "even")
-            yield words(frame.left + 4, up(y) - 4, f"{row.name} {y:.3g}", "start", "a")
-            continue
-        above = y > up.high
-        yield words(frame.left + 4, beyond[above], f"{'↑' if above else '↓'} {row.name} {y:.3g}", "start", "a")
-        beyond[above] += CLOSE if above else -CLOSE
+            place, said = up(y) - 4, f"{row.name} {y:.3g}"
+        else:
+            above = y > up.high
+            place, said = beyond[above], f"{'↑' if above else '↓'} {row.name} {y:.3g}"
+            beyond[above] += CLOSE if above else -CLOSE
+        taken.append((at, place, LETTER * len(said)))
+        yield words(at, place, said, "start", "a")
 
 
-def _label(x: float, y: float, name: str, taken: list[tuple[float, float]]) -> Iterator[str]:
-    """A mark's name, where no other name is; beside the frontier, which rises or falls."""
-    if all(abs(y - other[1]) >= CLOSE or abs(x - other[0]) > 7.0 * len(name) for other in taken):
-        taken.append((x, y))
+def _label(x: float, y: float, name: str, taken: list[Taken]) -> Iterator[str]:
+    """A mark's name, where no other words are; beside the frontier, which rises or falls."""
+    wide = LETTER * len(name)
+    if all(abs(y - top) >= CLOSE or x > left + room or x + wide < left for left, top, room in taken):
+        taken.append((x, y, wide))
         yield words(x, y, name, "start", "r")
 
 

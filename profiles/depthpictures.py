@@ -127,7 +127,10 @@ def bar(colours: tuple[str, ...]) -> bytes:
 
 
 def write(folder: Path, result: DepthResult) -> tuple[Path, ...]:
-    """Write every picture in full size, KIND-PICTURE-WHAT.png, each complete or not at all; returns the paths."""
+    """Write every picture in full size, KIND-PICTURE-WHAT.png, each complete or not at all; returns the paths.
+
+    Pictures of an earlier result that this one does not have go.
+    """
     made: list[Path] = []
     for suite in result.suites:
         for picture in suite.pictures:
@@ -140,6 +143,8 @@ def write(folder: Path, result: DepthResult) -> tuple[Path, ...]:
                     path = folder / f"{stem}-{number}.png"
                 write_bytes(path, shown.png)
                 made.append(path)
+    for old in {path for kind in Kind for path in folder.glob(f"{kind}-*.png")}.difference(made):
+        old.unlink()
     return tuple(made)
 
 

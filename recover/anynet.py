@@ -9,7 +9,7 @@ add a mean correction. Stage 4 propagates stage 3's map along gates read from th
     parameters       43,269    36,933    35,277    34,827    34,629
                                -14.6 %   -18.5 %   -19.5 %   -20.0 %
 
-    features 1,983; 3D nets 28,674 + 1,986 + 1,986; SPN 99 C^2 + 288 C for C channels, less where C = 0
+    features 1,983; 3D nets 28,674 + 1,986 + 1,986; SPN 126 C^2 + 72 C for C channels
 
 No weight differs from the published code, but three things do. There a correction of +k goes by the cost of disparity
 d - k; here by that of d + k. Stages hand over maps of their own resolution instead of the image's. Stage 4 begins as
@@ -175,7 +175,7 @@ def costs_around(left: torch.Tensor, right: torch.Tensor, disparity: torch.Tenso
     at = torch.arange(width, device=left.device, dtype=left.dtype) - disparity  # (B, 1, H, W)
     floor = at.detach().floor()
     offsets = torch.arange(reach, -reach, -1, device=left.device, dtype=left.dtype).view(1, 1, 1, -1, 1)
-    columns = (floor.unsqueeze(3) + offsets).clamp(-1, width).long() + 1  # (B, 1, H, 2 reach, W)
+    columns = (floor.unsqueeze(3) + offsets).long().clamp(-1, width) + 1  # (B, 1, H, 2 reach, W), of NaN some column
     columns = columns.reshape(batch, 1, height, -1).expand(-1, channels, -1, -1)
     seen = functional.pad(right, (1, 1)).gather(3, columns).reshape(batch, channels, height, 2 * reach, width)
     between = torch.lerp(seen[:, :, :, 1:], seen[:, :, :, :-1], (at - floor).unsqueeze(3))

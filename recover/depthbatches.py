@@ -111,6 +111,7 @@ def batch(samples: Samples, cut: Cut, step: int, scale: LogScale | None = None) 
     images = tuple(torch.from_numpy(np.stack(each)) for each in zip(*(images for images, *_ in shown), strict=True))
     truth = np.stack([values for _, values, _ in shown])[:, None]
     valid = np.stack([known for _, _, known in shown])[:, None]
+    truth = np.where(valid, truth, np.float32(0))  # what is not known may be NaN, which gradients would spread
     truth = truth if scale is None else scale.encode(truth)
     return Batch(images, torch.from_numpy(np.ascontiguousarray(truth)), torch.from_numpy(np.ascontiguousarray(valid)))
 

@@ -72,7 +72,9 @@ class Description:
 def read(folder: Path) -> Description:
     """The description of a network's folder; ValueError or FileNotFoundError in one line if it is none."""
     if not (folder / DESCRIPTION).is_file():
-        raise FileNotFoundError(f"{folder} has no {DESCRIPTION}, so it is no depth network; see rlkit depth train")
+        full = folder / "networks" / "full"  # of a work folder
+        remedy = f"give one of its networks, such as {full}" if full.is_dir() else "see rlkit depth train"
+        raise FileNotFoundError(f"{folder} has no {DESCRIPTION}, so it is no depth network; {remedy}")
     try:
         return Description.from_json(read_json(folder / DESCRIPTION))
     except ValueError as error:
@@ -99,7 +101,10 @@ def load(folder: Path) -> tuple[nn.Module, Description]:
     from safetensors.torch import load_file
 
     description = read(folder)
-    network = build(description)
+    try:
+        network = build(description)
+    except ValueError as error:
+        raise ValueError(f"{folder / DESCRIPTION}: {error}") from error
     try:
         network.load_state_dict(load_file(folder / VALUES))
     except (SafetensorError, OSError, RuntimeError) as error:
