@@ -158,7 +158,9 @@ def apply(network: nn.Module, cuts: tuple[Cut, ...], judge: Judge) -> nn.Module:
 
 
 def _apply(network: nn.Module, cuts: tuple[Cut, ...], judge: Judge) -> nn.Module:
-    whole = parameter_count(network), _flops(network, _side(network), _side(network))
+    whole = parameter_count(network), 0
+    if any(cut.how is How.PRUNE and cut.flops < 1 for cut in cuts):  # counting takes a moment
+        whole = whole[0], _flops(network, _side(network), _side(network))
     for cut in cuts:
         if cut.how is How.LEVEL:
             network = channels.without_level(_need(network, DepthNet, cut))
@@ -167,7 +169,8 @@ def _apply(network: nn.Module, cuts: tuple[Cut, ...], judge: Judge) -> nn.Module
         elif cut.how is How.WIDTHS:
             network = _even(network, cut.share, judge(network))
         else:
-            network = prune(network, judge(network), round(cut.share * whole[0]), cut.flops * whole[1])
+            work = cut.flops * whole[1] if cut.flops < 1 else math.inf
+            network = prune(network, judge(network), round(cut.share * whole[0]), work)
     return network.eval()
 
 
