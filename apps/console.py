@@ -45,6 +45,8 @@ def _bars() -> Iterator[Tell]:
         def tell(event: Progress) -> None:
             if event.stage not in tasks:
                 tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")
+            elif bars.tasks[tasks[event.stage]].finished and event.done < event.total:  # a second stage of that name
+                bars.reset(tasks[event.stage])
             bars.update(tasks[event.stage], completed=event.done, total=event.total, note=event.note)
 
         yield tell
@@ -60,7 +62,8 @@ class Lines:
     def tell(self, event: Progress) -> None:
         """Write a line if this event deserves one."""
         now = self._clock()
-        if event.stage != self._stage:
+        again = self._ended and event.done < event.total  # a second stage of that name
+        if event.stage != self._stage or again:
             self._stage, self._begun, self._last, self._ended = event.stage, now, now, False
         elif self._ended or (event.done < event.total and now - self._last < LINE_SECONDS):
             return

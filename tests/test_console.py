@@ -45,6 +45,16 @@ def test_stages_end_once_and_may_have_no_total() -> None:
     assert lines_of(events) == ["a:   -%  done in 0.0 s", "b:   0%", "b: 100%  done in 1.0 s"]
 
 
+def test_a_stage_may_come_again() -> None:
+    events = [(0.0, 0), (8.0, 2), (9.0, 1), (14.0, 2), (15.0, 2)]
+    assert lines_of([(when, Progress("a", done, 2)) for when, done in events]) == [
+        "a:   0%",
+        "a: 100%  done in 8.0 s",
+        "a:  50%",
+        "a: 100%  done in 5.0 s",
+    ]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (12.4, "12 s"), (185, "3:05"), (3723, "1:02:03")]
 )
