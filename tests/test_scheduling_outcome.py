@@ -90,3 +90,19 @@ def test_spreads_are_of_the_five_where_they_are_all_there() -> None:
     )
     some = {"edf": 0.2, "lookahead": 0.1}
     assert "these policies" in next(comparison.spread_lines(some)) and "chosen" in comparison.spread_json(some)
+
+
+def test_a_summary_has_percentiles_by_name_and_the_parts_of_the_score() -> None:
+    case = setting(frames("A", 10, 6 * MS, 300.0), frames("B", 10, 6 * MS, 300.0), duration=200 * MS)
+    one = found(case, "fcfs")
+    made = summarize([one, replace(one, metrics=replace(one.metrics, xrbench=None))])
+    assert made.xrbench is None  # not of one of the runs
+    json_values = json.loads(json.dumps(summarize([one]).to_json()))
+    scores = [stream["score"] for stream in json_values["streams"]]
+    assert all(score["energy"] == pytest.approx(0.8) for score in scores)
+    assert json_values["xrbench"] == pytest.approx(50 * sum(score["model"] for score in scores))
+    assert [score["qoe"] for score in scores] == [1 - stream["dropped"] / 20 for stream in json_values["streams"]]
+    assert all(0 < score["real_time"] <= 1 for score in scores)
+    talk = json.loads(json.dumps(summarize([found(requests())]).to_json()))["streams"]
+    assert set(talk[1]["ttft"]) == set(talk[1]["tpot"]) == {"p50", "p95", "p99"}
+    assert talk[1]["score"] is None and talk[0]["score"]["energy"] is None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlkit.profiles.scheduling.metrics import Spread, spread
+from rlkit.profiles.scheduling.metrics import Percentiles, Spread, spread
 from rlkit.profiles.scheduling.outcome import Outcome, StreamSummary, Summary, summarize
 from rlkit.profiles.scheduling.policies import FIVE
 from rlkit.profiles.scheduling.settings import Prepared
@@ -91,9 +91,9 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def seconds(ends: tuple[float, float] | None, scale: float = 1.0, digits: int = 2) -> str:
+def seconds(times: Percentiles | None, scale: float = 1.0, digits: int = 2) -> str:
     """p50 / p95."""
-    return "" if ends is None else " / ".join(f"{scale * value:.{digits}f}" for value in ends)
+    return "" if times is None else f"{scale * times.p50:.{digits}f} / {scale * times.p95:.{digits}f}"
 
 
 def findings(found: Comparison) -> Iterator[str]:

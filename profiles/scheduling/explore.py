@@ -81,7 +81,8 @@ class Point:
             "pooled": one.pooled,
             "dropped": one.dropped,
         }
-        figures |= {"ttft": one.ttft, "tpot": one.tpot, "tokens_per_s": one.tokens_per_s}
+        figures |= {name: value and asdict(value) for name, value in (("ttft", one.ttft), ("tpot", one.tpot))}
+        figures |= {"tokens_per_s": one.tokens_per_s, "xrbench": one.xrbench, "without_energy": one.without_energy}
         figures |= {"utilization": one.utilization, "energy_joules": one.energy_joules}
         units = {model: list(names) for model, names in self.assignment.units}
         return {"assignment": units, "rate_factor": self.factor, "policy": self.policy, **figures}

@@ -63,12 +63,12 @@ class Outcome:
     def from_json(cls, table: dict[str, Any]) -> Outcome:
         """The inverse of `to_json`; KeyError or TypeError for what is none."""
         streams = tuple(_stream(row) for row in table["streams"])
-        metrics = Metrics(**{**_known(Metrics, table), "streams": streams})
+        metrics = Metrics(**{**_fields(Metrics, table), "streams": streams})
         ttft, tpot = (_percentiles(table[name]) for name in ("ttft", "tpot"))
         return cls(metrics, ttft, tpot, table["tokens_per_s"], table["events"])
 
 
-def _known(kind: Any, table: dict[str, Any]) -> dict[str, Any]:
+def _fields(kind: Any, table: dict[str, Any]) -> dict[str, Any]:
     return {item.name: table[item.name] for item in fields(kind)}
 
 
@@ -80,13 +80,13 @@ def _stream(row: dict[str, Any]) -> StreamMetrics:
     language, score = row["language"], row["score"]
     if language is not None:
         parts = {name: _percentiles(language[name]) for name in ("ttft", "tpot")}
-        language = Language(**{**_known(Language, language), **parts})
+        language = Language(**{**_fields(Language, language), **parts})
     made = {
         "response": _percentiles(row["response"]),
         "language": language,
         "score": None if score is None else xrbench.Score(**score),
     }
-    return StreamMetrics(**{**_known(StreamMetrics, row), **made})
+    return StreamMetrics(**{**_fields(StreamMetrics, row), **made})
 
 
 def outcome(run: Run) -> Outcome:
@@ -115,21 +115,26 @@ class StreamSummary:
     name: str
     rate: float | None
     dropped: float
-    ttft: tuple[float, float] | None  # p50, p95 in seconds
-    tpot: tuple[float, float] | None
+    ttft: Percentiles | None
+    tpot: Percentiles | None
     tokens_per_s: float | None
     quality: float | None
+    energy_joules: float | None
+    score: xrbench.Score | None  # of frames
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of one policy, means over seeds. `deviation`: standard deviation of `rate` over seeds, None for a single one."""
+    """Of one policy, means over seeds. `deviation`: standard deviation of `rate` over seeds, None for a single one.
+
+    `xrbench` is the overall score, 0 to 100; its parts are in the streams' scores.
+    """
 
     policy: str
     rates: tuple[float, ...]  # by seed
     pooled: float
-    ttft: tuple[float, float] | None
-    tpot: tuple[float, float] | None
+    ttft: Percentiles | None
+    tpot: Percentiles | None
     tokens_per_s: float | None
     dropped: float
     utilization: dict[str, float]
@@ -160,20 +165,18 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
     if len(names) != 1:
         raise ValueError(f"a summary of {len(names)} policies: give the runs of one")
     units = outcomes[0].metrics.utilization
-    energies = [one.metrics.energy_joules for one in outcomes]
-    scores = [one.metrics.xrbench for one in outcomes]
     places = range(len(outcomes[0].metrics.streams))
     return Summary(
         policy=names.pop(),
         rates=tuple(one.rate for one in outcomes),
         pooled=statistics.fmean(one.pooled for one in outcomes),
-        ttft=_ends(one.ttft for one in outcomes),
-        tpot=_ends(one.tpot for one in outcomes),
+        ttft=_percents(one.ttft for one in outcomes),
+        tpot=_percents(one.tpot for one in outcomes),
         tokens_per_s=_mean(one.tokens_per_s for one in outcomes),
         dropped=statistics.fmean(one.metrics.dropped for one in outcomes),
         utilization={name: statistics.fmean(one.metrics.utilization[name] for one in outcomes) for name in units},
-        energy_joules=None if None in energies else _mean(energies),
-        xrbench=None if None in scores else _mean(scores),
+        energy_joules=_known(one.metrics.energy_joules for one in outcomes),
+        xrbench=_known(one.metrics.xrbench for one in outcomes),
         without_energy=_mean(one.without_energy for one in outcomes),
         streams=tuple(_summary([one.metrics.streams[place] for one in outcomes]) for place in places),
         events=sum(one.events for one in outcomes),
@@ -185,11 +188,25 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _ends(values: Iterable[Percentiles | None]) -> tuple[float, float] | None:
+def _known(values: Iterable[float | None]) -> float | None:
+    """The mean, None if one is not known."""
+    found = list(values)
+    return None if None in found else _mean(found)
+
+
+def _percents(values: Iterable[Percentiles | None]) -> Percentiles | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return statistics.fmean(one.p50 for one in known), statistics.fmean(one.p95 for one in known)
+    return Percentiles(*(statistics.fmean(getattr(one, item.name) for one in known) for item in fields(Percentiles)))
+
+
+def _scores(values: Iterable[xrbench.Score | None]) -> xrbench.Score | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    real_time, qoe = (statistics.fmean(getattr(one, name) for one in known) for name in ("real_time", "qoe"))
+    return xrbench.Score(real_time, _known(one.energy for one in known), qoe, _known(one.model for one in known))
 
 
 def _summary(runs: Sequence[StreamMetrics]) -> StreamSummary:
@@ -198,8 +215,10 @@ def _summary(runs: Sequence[StreamMetrics]) -> StreamSummary:
         name=runs[0].name,
         rate=_mean(one.violation_rate if one.targets else None for one in runs),
         dropped=statistics.fmean(one.dropped for one in runs),
-        ttft=_ends(one.ttft for one in spoken),
-        tpot=_ends(one.tpot for one in spoken),
+        ttft=_percents(one.ttft for one in spoken),
+        tpot=_percents(one.tpot for one in spoken),
         tokens_per_s=_mean(one.tokens_per_s for one in spoken),
         quality=_mean(one.quality for one in runs),
+        energy_joules=_known(one.energy_joules for one in runs),
+        score=_scores(one.score for one in runs),
     )

@@ -15,6 +15,7 @@ from rlkit.profiles.scheduling import comparison, explore
 from rlkit.profiles.scheduling.comparison import READING, Comparison, percent
 from rlkit.profiles.scheduling.explore import Explored
 from rlkit.profiles.scheduling.gantt import COLOURS, gantt, window
+from rlkit.profiles.scheduling.metrics import Percentiles
 from rlkit.profiles.scheduling.record import Run
 from rlkit.profiles.scheduling.workload import Llm
 from rlkit.profiles.svg import Frame, Scale, from_zero, legend_mark, line, mark, path, pixel, words
@@ -184,20 +185,20 @@ def _latencies(found: Comparison) -> Iterator[str]:
             yield from _panel(f"{stream.name}: TPOT, ms", token, stream.tpot / 1e6)
 
 
-def _panel(title: str, values: Mapping[str, tuple[float, float] | None], target: float) -> Iterator[str]:
-    known = {policy: ends for policy, ends in values.items() if ends is not None}
+def _panel(title: str, values: Mapping[str, Percentiles | None], target: float) -> Iterator[str]:
+    known = [times for times in values.values() if times is not None]
     if not known:
         return
     frame = Frame(430, 44 + ROW * len(values) + 30, left=LEFT)
-    scale = from_zero([target, *(1e3 * ends[1] for ends in known.values())], *frame.x)
+    scale = from_zero([target, *(1e3 * times.p95 for times in known)], *frame.x)
     parts = [words(12, 16, title, "start", "h"), *frame.columns(scale, scale.ticks(4))]
     parts.append(line(scale(target), frame.top, scale(target), frame.height - frame.bottom, "even"))
     told = [f"{title}, target {target:g}"]
-    for row, (policy, ends) in enumerate(values.items()):
+    for row, (policy, times) in enumerate(values.items()):
         y = frame.top + ROW * (row + 0.5)
         parts.append(words(LEFT - 8, y + 4, policy, "end", "r"))
-        if ends is not None:
-            p50, p95 = (1e3 * value for value in ends)
+        if times is not None:
+            p50, p95 = 1e3 * times.p50, 1e3 * times.p95
             told.append(f"{policy}: {p50:.0f} and {p95:.0f}")
             parts += [line(scale(p50), y, scale(p95), y, "ends c0"), mark(scale(p50), y, 0, told[-1])]
     yield frame.drawn(parts, "; ".join(told))
