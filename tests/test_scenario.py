@@ -179,6 +179,16 @@ def test_shipped_scenarios_are_twelve() -> None:
         assert found.requests and found.streams and "our own" in found.about
 
 
+def test_the_document_lists_them_and_its_example_is_one() -> None:
+    text = (SHIPPED.parents[1] / "docs" / "scenarios.md").read_text(encoding="utf-8")
+    listed = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+    assert set(scenariofiles.names()) <= listed
+    form = text.partition("## The form")[2].partition("\n## ")[0]
+    lines = [line[4:] for line in form.splitlines() if line.startswith("    ") or not line]
+    found = scenario.parse("\n".join(lines))
+    assert [each.name for each in found.streams] == ["voice", "transcript"] and len(found.requests) == 1
+
+
 def test_whole_milliseconds_need_whole_rates() -> None:
     text = WHOLE.replace("duration_ms = 1000", "duration_ms = 1000\nwhole_milliseconds = true")
     with pytest.raises(ValueError, match=r"streams.voice.rate = 31.25 gives no whole milliseconds"):
