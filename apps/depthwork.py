@@ -69,8 +69,8 @@ class Settings:
 
 
 DEFAULTS = {
-    Kind.MONO: Settings(Kind.MONO, (96, 128), 8, 700, 350, 2e-3, 1e-3, 1500),
-    Kind.STEREO: Settings(Kind.STEREO, (128, 256), 6, 600, 300, 4e-3, 2e-3, 400),
+    Kind.MONO: Settings(Kind.MONO, (96, 128), 8, 700, 350, 2e-3, 1e-3, 3000),
+    Kind.STEREO: Settings(Kind.STEREO, (128, 256), 6, 600, 300, 1e-2, 4e-3, 800),
 }
 CUTS = {
     Kind.MONO: ("level", "widths:0.5", "prune:0.25:0.4", "prune:0.1:0.3", "prune:0.05:0.2"),
