@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ Farm = Callable[[Sequence[T]], Iterator[tuple[int, R]]]
 
 SCHEMA_VERSION = 1
 MOST_WORKERS = 1024
+CONNECT_SECONDS = 5.0
 ADDRESS = re.compile(r"auto|local|(ray://)?[A-Za-z0-9_.\-\[\]:]+:\d{1,5}")
 
 
@@ -78,7 +80,7 @@ def team(opening: Opening, workers: int = 1, ray: str | None = None) -> Iterator
 
 
 def check(workers: int, ray: str | None) -> None:
-    """Raise ValueError for a number of workers or an address that is none, ImportError where ray is missing."""
+    """Raise as `team` does for a number of workers or an address that is none, a cluster or ray that is missing."""
     if not 1 <= workers <= MOST_WORKERS:
         raise ValueError(f"{workers} workers are not 1 to {MOST_WORKERS}; give one for each core or two")
     if ray is None:
@@ -87,6 +89,19 @@ def check(workers: int, ray: str | None) -> None:
         raise ValueError(f"Ray address {ray!r} must be auto, local, HOST:PORT or ray://HOST:PORT")
     if importlib.util.find_spec("ray") is None:
         raise ModuleNotFoundError("No module named 'ray'", name="ray")
+    if ray not in ("auto", "local"):
+        _reach(ray)
+
+
+def _reach(address: str) -> None:
+    """Raise ConnectionError where nobody listens: ray itself would try for minutes."""
+    host, _colon, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address} ({error}); start one, or use --ray local"
+        ) from error
 
 
 class _Here:

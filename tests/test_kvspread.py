@@ -104,6 +104,13 @@ def test_bad_places_are_one_line(words: list[str], says: str, full: Path, capsys
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.skipif(NO_RAY, reason='ray is not installed: pip install "rlkit-edge[ray]"')
+def test_a_cluster_that_is_not_there_is_said_at_once(full: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["kv", str(full), "--ray", "127.0.0.1:1"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no Ray cluster answers at 127.0.0.1:1 (") and line.endswith("or use --ray local")
+
+
 def test_a_cluster_without_ray(full: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else found(name))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +27,6 @@ from rlkit.runtime import jobs
 __all__ = ["Farm", "Task", "farm", "simulate", "sources"]
 
 
-CONNECT_SECONDS = 5.0
-
-
 class Task(NamedTuple):
     """One run: a scenario on a device, the seed of its arrivals, a policy by its name in `policies.POLICIES`."""
 
@@ -46,22 +42,8 @@ Farm = Callable[[Sequence[Task]], Iterator[tuple[int, dict[str, Any]]]]
 @contextlib.contextmanager
 def farm(workers: int = 1, ray: str | None = None, folder: Path | None = None) -> Iterator[Farm]:
     """Who simulates: as `spread.team` says; with `folder`, results are kept there."""
-    spread.check(workers, ray)
-    if ray not in (None, "auto", "local"):
-        _reach(str(ray))
     with spread.team(functools.partial(opened, sources()), workers, ray) as team:
         yield team if folder is None else spread.kept(team, _Kept(folder, _identify()))
-
-
-def _reach(address: str) -> None:
-    """Raise ConnectionError where nobody listens: ray itself would try for minutes."""
-    host, _colon, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise ConnectionError(
-            f"no Ray cluster answers at {address} ({error}); start one, or use --ray local"
-        ) from error
 
 
 def simulate(farmed: Farm, tasks: Sequence[Task], stage: str = "simulate", tell: Tell = silent) -> list[Outcome]:
