@@ -54,6 +54,13 @@ def test_energy_is_watts_by_seconds_where_watts_are_known() -> None:
     assert any("no watts" in note for note in HX370.notes()) and not any("no watts" in note for note in MAX395.notes())
 
 
+def test_memory_that_is_not_known_is_said() -> None:
+    unknown = "how much memory hx370 has is not known: all fits; say it with --device hx370@32GB"
+    assert unknown in HX370.notes()
+    for known in (MAX395, Forecast(find("hx370@32GB")[0])):
+        assert known.memory_nbytes is not None and not any("how much memory" in note for note in known.notes())
+
+
 def test_a_unit_is_not_faster_than_the_bandwidth_known_of_its_kind() -> None:
     """The NPU reads 60 GB/s at most, on a bus of 120: two thirds of a token's time on the CPU cannot be its time."""
     cpu, npu = (HX370.language("llama-3.2-1b", unit, "w4", (64,), 128) for unit in ("cpu", "npu"))

@@ -215,7 +215,13 @@ class Forecast:
             for name, one in self._shares.items()
         ]
         silent = [name for name, unit in self._units.items() if unit.watts is None]
-        return (*lines, f"no watts are known of {', '.join(silent)}: no energy there") if silent else tuple(lines)
+        if silent:
+            lines.append(f"no watts are known of {', '.join(silent)}: no energy there")
+        if self.memory_nbytes is None:
+            lines.append(
+                f"how much memory {self.name} has is not known: all fits; say it with --device {self.name}@32GB"
+            )
+        return tuple(lines)
 
     def _size(self, model: str, unit: str) -> ModelSize:
         size = self._models[model]
