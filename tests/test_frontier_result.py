@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import browsing
 import tiny
 from rlkit.profiles.frontier import page, render, result
 from rlkit.profiles.frontier.identity import Identity, identity_of
@@ -197,6 +199,32 @@ def test_the_page_has_every_point_and_nothing_from_elsewhere(made: FrontierResul
     for point in POINTS:
         assert text.count(f'data-point="{point.point.key}"') >= 1
     assert "http" not in text.replace("http-equiv", "") and "<link" not in text and "src=" not in text
+
+
+def test_every_plot_has_the_frontier_of_its_own_figure(made: FrontierResult) -> None:
+    text = page.to_html(made)
+    lines = [len(line.split()) for line in re.findall(r'<polyline class="line c6" points="([^"]*)"', text)]
+    assert lines == [2, 4, 1]  # accuracy; KL, which what was left out early has too; ms per token
+    kl = text[text.index('data-metric="kl"') :]
+    assert 'class="point part best"' in kl[: kl.index("</figure>")]
+
+
+@pytest.mark.slow
+def test_hidden_points_have_no_place_on_the_line(made: FrontierResult, tmp_path: Path) -> None:
+    file = tmp_path / "kv.html"
+    file.write_text(page.to_html(made))
+    with browsing.browsing() as browser, browsing.visiting(browser, file.as_uri()) as seen:
+        shown = seen.locator("figure:not([hidden])")
+        assert len((shown.locator(".line").get_attribute("points") or "").split()) == 2
+        seen.get_by_label("k8v8", exact=True).uncheck()
+        assert len((shown.locator(".line").get_attribute("points") or "").split()) == 2  # the reference instead
+        seen.get_by_label("k16v16", exact=True).uncheck()
+        assert len((shown.locator(".line").get_attribute("points") or "").split()) == 1
+        assert shown.locator(".best").count() == 1
+        seen.get_by_role("radio", name="KL, nats per token").check()
+        assert len((shown.locator(".line").get_attribute("points") or "").split()) == 2
+        shown.locator(".point.part.best").hover()
+        assert seen.locator("#told").inner_text().startswith("float k2v2, chunks of 64; ")
 
 
 def test_a_page_is_safe_for_any_name(made: FrontierResult) -> None:

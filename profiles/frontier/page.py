@@ -1,8 +1,8 @@
 """A result as one HTML page that needs nothing else: plots that can be filtered and pointed at, and tables.
 
-Every context has a plot for accuracy, KL and, where it was timed, milliseconds per token, all over total bytes. The
-plots are drawn here, so the page shows them without its script too; the script chooses between them, hides points and
-says what is pointed at.
+Every context has a plot for accuracy, KL and, where it was timed, milliseconds per token, all over total bytes, each
+with the frontier of its own figure. The plots are drawn here, so the page shows them without its script too; the script
+chooses between them, hides points, draws the frontier of those that are left, and says what is pointed at.
 """
 
 from __future__ import annotations
@@ -14,24 +14,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from rlkit.profiles.frontier import render
+from rlkit.profiles.frontier import pareto, render
 from rlkit.profiles.frontier.result import FrontierResult, Row
 from rlkit.profiles.frontier.search import SMALLEST_KL
-from rlkit.profiles.svg import Frame, Scale, legend_mark, mark, number, path, powers, words
+from rlkit.profiles.svg import Frame, Scale, legend_mark, mark, number, path, pixel, powers, words
 from rlkit.profiles.table import Table
 
+Shown = tuple[Row, float]
+"""A point and its figure."""
+
 WIDTH, HEIGHT = 900.0, 430.0
-LOG_FROM = 3.0  # times the least: bytes that differ by more are drawn on a scale of powers
+LOG_FROM = 8.0  # times the least: bytes that differ by more are drawn on a scale of powers
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a plot shows of a point; None where it is not known."""
+    """What a plot shows of a point; None where it is not known. `sign` is 1 where more is better, else -1."""
 
     key: str
     title: str
     of: Callable[[Row], float | None]
+    sign: int = -1
     log: bool = False
+
+    def frontier(self, shown: Sequence[Shown]) -> list[Shown]:
+        """Those that no other dominates, by bytes."""
+        return pareto.frontier(shown, lambda one: one[0].found.nbytes, lambda one: self.sign * one[1])
 
 
 def _kl(row: Row) -> float | None:
@@ -43,7 +51,7 @@ def _milliseconds(row: Row) -> float | None:
 
 
 METRICS = (
-    Metric("accuracy", "accuracy, %", lambda row: 100 * row.found.accuracy if row.complete else None),
+    Metric("accuracy", "accuracy, %", lambda row: 100 * row.found.accuracy if row.complete else None, sign=1),
     Metric("kl", "KL, nats per token", _kl, log=True),
     Metric("tpot", "ms per token", _milliseconds),
 )
@@ -100,20 +108,22 @@ def _plot(result: FrontierResult, context: int, metric: Metric, weights: Sequenc
     shown = [(row, value) for row in result.at(context) if (value := metric.of(row)) is not None]
     frame = Frame(WIDTH, HEIGHT, left=64, top=34, bottom=44)
     title = f"{metric.title} over total bytes at {context:,} tokens"
-    parts = [words(frame.left, 18, title, "start", "h")]
+    parts, best = [words(frame.left, 18, title, "start", "h")], metric.frontier(shown)
     if shown:
-        parts += _drawn(frame, shown, metric, weights)
+        parts += _drawn(frame, shown, best, metric, weights)
     else:
         parts.append(words(WIDTH / 2, HEIGHT / 2, "nothing was measured"))
-    drawn = frame.drawn(parts, f"{title}: {'; '.join(_said(row, value) for row, value in shown if row.on_frontier)}")
-    return f'<figure data-context="{context}" data-metric="{metric.key}">{drawn}</figure>'
+    drawn = frame.drawn(parts, f"{title}: {'; '.join(_said(row, value) for row, value in best)}")
+    return f'<figure data-context="{context}" data-metric="{metric.key}" data-sign="{metric.sign}">{drawn}</figure>'
 
 
 def _said(row: Row, value: float) -> str:
     return f"{row.point.name} {render.size(row.found.nbytes)} {value:.3g}"
 
 
-def _drawn(frame: Frame, shown: Sequence[tuple[Row, float]], metric: Metric, weights: Sequence[str]) -> Iterator[str]:
+def _drawn(
+    frame: Frame, shown: Sequence[Shown], best: Sequence[Shown], metric: Metric, weights: Sequence[str]
+) -> Iterator[str]:
     nbytes = [row.found.nbytes / 1e6 for row, _value in shown]
     values = [value for _row, value in shown]
     across = _across(nbytes, frame)
@@ -121,14 +131,16 @@ def _drawn(frame: Frame, shown: Sequence[tuple[Row, float]], metric: Metric, wei
     yield from frame.rows(up)
     yield from frame.columns(across, across.ticks(7))
     yield words(WIDTH - frame.right, HEIGHT - 6, "MB", "end")
-    line = sorted((across(row.found.nbytes / 1e6), up(value)) for row, value in shown if row.on_frontier)
-    yield path(line, 6)
+    yield path([(across(row.found.nbytes / 1e6), up(value)) for row, value in best], 6)
+    on_frontier = {row.point for row, _value in best}
     for row, value in shown:
         series = weights.index(row.point.weights)
         told = "; ".join(_details(row))
-        drawn = mark(across(row.found.nbytes / 1e6), up(value), series, told, 6.5 if row.on_frontier else 4.0)
-        state = " best" * row.on_frontier + " part" * (not row.complete)
+        x, y = across(row.found.nbytes / 1e6), up(value)
+        state = " part" * (not row.complete) + " best" * (row.point in on_frontier)
         tags = f'data-weights="{_text(row.point.weights)}" data-kv="{_text(row.point.kv)}" data-point="{row.point.key}"'
+        tags += f' data-at="{pixel(x)},{pixel(y)}" data-of="{row.found.nbytes},{value!r}"'
+        drawn = mark(x, y, series, told)
         yield f'<g class="point{state}" tabindex="0" {tags}>{drawn}</g>'
 
 
