@@ -68,15 +68,24 @@ def _apply(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, ends: 
 
 @contextlib.contextmanager
 def simulated(network: nn.Module) -> Iterator[nn.Module]:
-    """While it lasts, a depth network's convolutions multiply what int8 can say; its values keep their names."""
-    convolutions = [each for each in network.modules() if isinstance(each, nn.Conv2d | nn.Conv3d)]
-    for each in convolutions:
-        each.forward = partial(_convolve, each)  # type: ignore[method-assign]
+    """While it lasts, a depth network's convolutions multiply what int8 can say; its values keep their names.
+
+    Norms use the statistics that they have, in training too: those of a few images differ by more than int8 does.
+    """
+    changed: list[nn.Module] = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.forward = partial(_convolve, module)  # type: ignore[method-assign]
+        elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            module.forward = partial(_normalize, module)  # type: ignore[method-assign]
+        else:
+            continue
+        changed.append(module)
     try:
         yield network
     finally:
-        for each in convolutions:
-            del each.forward
+        for module in changed:
+            del module.forward
 
 
 def _convolve(conv: nn.Conv2d | nn.Conv3d, values: torch.Tensor) -> torch.Tensor:
@@ -86,6 +95,10 @@ def _convolve(conv: nn.Conv2d | nn.Conv3d, values: torch.Tensor) -> torch.Tensor
         if isinstance(conv, nn.Conv2d):
             return functional.conv2d(read, weight, conv.bias, conv.stride, conv.padding)
         return functional.conv3d(read, weight, conv.bias, conv.stride, conv.padding)
+
+
+def _normalize(norm: nn.BatchNorm2d | nn.BatchNorm3d, values: torch.Tensor) -> torch.Tensor:
+    return functional.batch_norm(values, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 def recover(
