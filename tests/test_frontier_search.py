@@ -88,13 +88,27 @@ def test_jobs_do_nothing_twice_and_go_on_where_they_ended() -> None:
     for one in found.points:
         mine = [job for job in world.asked if job.point == one.point]
         assert mine[0].items == range(0)
-        ends = [0, *(job.stop for job in mine[1:])]
-        assert [job.start for job in mine[1:]] == ends[:-1] and ends[-1] == len(one.scores)
-        assert (len(one.scores) == ITEMS) == (not one.why)
+        assert sorted(item for job in mine[1:] for item in job.items) == list(one.items)
+        assert len(one.items) == len(one.scores) and (len(one.scores) == ITEMS) == (not one.why)
     assert found.points[0].why == found.points[150].why == ""  # each context's reference
     assert seen[-1].done == seen[-1].total
     weights = [job.point.weights for job in world.asked]
     assert sum(a != b for a, b in itertools.pairwise(weights)) <= 5 * len(WEIGHTS)  # few are loaded anew
+
+
+def test_texts_that_the_reference_solves_come_first() -> None:
+    world = World(5)
+    found = halving(world.points, world.totals, one_by_one(world.measure))
+    reference, *others = found.points
+    scores = world.measure(reference.point, range(ITEMS)).scores
+    assert reference.scores == scores
+    solved = [sum(scores[start : start + 4]) for start in range(0, ITEMS, 4)]
+    partly = [one for one in others if 0 < len(one.scores) < ITEMS]
+    assert partly
+    for one in partly:
+        known = {item // 4 for item in one.items}
+        assert one.scores == tuple(world.measure(one.point, range(ITEMS)).scores[item] for item in one.items)
+        assert min(solved[unit] for unit in known) >= max(solved[unit] for unit in set(range(ITEMS // 4)) - known)
 
 
 def test_a_few_points_are_all_measured() -> None:
@@ -124,7 +138,7 @@ def test_without_kl_items_decide() -> None:
 
 def test_measures_that_do_not_answer_are_told() -> None:
     world = World(0)
-    with pytest.raises(ValueError, match=r"whole prompts: 0 scores for 12 items"):
+    with pytest.raises(ValueError, match=r"whole prompts: 0 scores for 4 items"):
         grid(world.points, world.totals, one_by_one(lambda _point, _items: Measured((), Memory(1, 1, 1))))
     with pytest.raises(ValueError, match="its bytes were not measured"):
         grid(world.points, world.totals, one_by_one(lambda _point, _items: Measured()))

@@ -174,15 +174,23 @@ def _row_to_json(row: Row) -> dict[str, Any]:
     measured = Measured(found.scores, found.memory, found.kl, found.ttft_seconds, found.tpot_seconds)
     accuracy = found.accuracy if found.scores else None
     said = {"accuracy": accuracy, "nbytes": found.nbytes, "tasks": row.tasks, "saved": row.saved, "loss": row.loss}
-    return {**row.point.to_json(), **measured.to_json(), **said, "on_frontier": row.on_frontier, "why": found.why}
+    return {
+        **row.point.to_json(),
+        **measured.to_json(),
+        **said,
+        "on_frontier": row.on_frontier,
+        "why": found.why,
+        "items": found.items,
+    }
 
 
 def _row_from_json(table: dict[str, Any]) -> Row:
     one = Measured.from_json(table)
     if one.memory is None:
         raise TypeError("a point without bytes")
+    point, items = Point.from_json(table), tuple(int(item) for item in table["items"])
     found = Evaluated(
-        Point.from_json(table), one.memory, one.kl, one.scores, table["why"], one.ttft_seconds, one.tpot_seconds
+        point, one.memory, one.kl, one.scores, table["why"], one.ttft_seconds, one.tpot_seconds, items=items
     )
     return Row(found, dict(table["tasks"]), table["saved"], table["loss"], bool(table["on_frontier"]))
 
@@ -211,13 +219,13 @@ def rows_of(found: Found, tasks: Mapping[int, Sequence[str]]) -> Iterator[Row]:
         for one in some:
             loss = 1 - one.accuracy / reference.accuracy if reference.accuracy > 0 and one.scores else None
             saved = 1 - one.nbytes / reference.nbytes
-            yield Row(one, _by_task(one.scores, names), saved, loss, one.point in best)
+            yield Row(one, _by_task(one, names), saved, loss, one.point in best)
 
 
-def _by_task(scores: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+def _by_task(one: Evaluated, names: Sequence[str]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
-    for name, score in zip(names, scores, strict=False):
-        found.setdefault(name, []).append(score)
+    for item, score in zip(one.items, one.scores, strict=True):
+        found.setdefault(names[item], []).append(score)
     return {name: sum(some) / len(some) for name, some in found.items()}
 
 

@@ -10,7 +10,11 @@ take no more bytes is better, in standard errors of the difference on the same i
     regret(p) = max over q, bytes(q) <= bytes(p), of mean(d) / sqrt(var(d) / n + 1 / n^2),    d = scores(q) - scores(p)
 
 and points of equal regret are ordered by the same question asked of KL. The 1 / n^2 keeps a few items that all agree
-from being sure. Contexts do not compete with each other, and a context's reference is always measured to the end.
+from being sure. Contexts do not compete with each other.
+
+A context's reference is measured first and to the end. The texts of which it solves most come first for all others,
+since what the whole model cannot do tells little of what a cache destroys. So scores of points that were left out are
+of the easier items.
 
 What it does not know: a point that does worse than others on the first items and better on all may be lost.
 """
@@ -87,7 +91,10 @@ Run = Callable[[Sequence[Job]], Iterable[Measured]]
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What is known of a point; `why` says why it was not measured on all items, if it was not."""
+    """What is known of a point; `why` says why it was not measured on all items, if it was not.
+
+    `scores` are those of the items with these numbers, the first ones unless told.
+    """
 
     point: Point
     memory: Memory
@@ -96,6 +103,11 @@ class Evaluated:
     why: str = ""
     ttft_seconds: float | None = None
     tpot_seconds: float | None = None
+    items: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            object.__setattr__(self, "items", tuple(range(len(self.scores))))
 
     @property
     def accuracy(self) -> float:
@@ -167,6 +179,16 @@ def halving(points: Sequence[Point], totals: Totals, run: Run, tell: Tell = sile
     return _Search(points, totals, run, tell, whole=False).found()
 
 
+def _units(total: int) -> Iterator[range]:
+    return (range(start, min(start + UNIT, total)) for start in range(0, total, UNIT))
+
+
+def _in_order(one: Evaluated) -> Evaluated:
+    """Scores in the order of the items' numbers."""
+    both = sorted(zip(one.items, one.scores, strict=True))
+    return replace(one, items=tuple(item for item, _ in both), scores=tuple(score for _, score in both))
+
+
 def _by_context(points: Iterable[Point]) -> dict[int, list[Point]]:
     found: dict[int, list[Point]] = {}
     for point in points:
@@ -189,22 +211,40 @@ class _Search:
     def found(self) -> Found:
         self._screen()
         cuts = {context: rungs(self._totals.items[context]) for context in self._alive}
+        units = {context: list(_units(self._totals.items[context])) for context in self._alive}
+        if not self._whole:
+            self._measure({context: [some[0]] for context, some in self._alive.items()}, units, "reference")
+            units = {context: self._telling(some[0], units[context]) for context, some in self._alive.items()}
         count = max(map(len, cuts.values()))
         for rung in range(count):
             on = {context: cut[rung] for context, cut in cuts.items() if rung < len(cut)}
             if not self._whole:
                 for context in on:
                     self._drop(context, rung)
-            jobs = [
-                Job(point, len(self._known[point].scores), on[context])
-                for context in on
-                for point in self._alive[context]
-            ]
-            for job, measured in self._results(jobs, f"{rung + 1} of {count}"):
-                known = self._known[job.point]
-                self._known[job.point] = replace(known, scores=known.scores + measured.scores)
+            asked = {context: units[context][: -(-stop // UNIT)] for context, stop in on.items()}
+            self._measure({context: self._alive[context] for context in on}, asked, f"{rung + 1} of {count}")
         grid = planned(self._points, self._totals, whole=True)
-        return Found(tuple(self._known[point] for point in self._points), self._done, grid)
+        return Found(tuple(_in_order(self._known[point]) for point in self._points), self._done, grid)
+
+    def _measure(self, points: Mapping[int, Sequence[Point]], units: Mapping[int, Sequence[range]], note: str) -> None:
+        """Measure each context's points on its units that they do not know yet, in the order of the units."""
+        jobs = [
+            Job(point, unit.start, unit.stop)
+            for context, some in points.items()
+            for point in some
+            for unit in units[context]
+            if unit.start not in self._known[point].items
+        ]
+        for job, measured in self._results(jobs, note):
+            known = self._known[job.point]
+            self._known[job.point] = replace(
+                known, scores=known.scores + measured.scores, items=(*known.items, *job.items)
+            )
+
+    def _telling(self, reference: Point, units: Sequence[range]) -> list[range]:
+        """The units in the order of what the reference solves of them; one that is not whole stays the last."""
+        scores = self._known[reference].scores
+        return sorted(units, key=lambda unit: (len(unit) < UNIT, -sum(scores[item] for item in unit)))
 
     def _screen(self) -> None:
         for job, one in self._results([Job(point) for point in self._points], "screen"):
