@@ -69,7 +69,7 @@ class Settings:
 
 
 DEFAULTS = {
-    Kind.MONO: Settings(Kind.MONO, (96, 128), 8, 700, 350, 2e-3, 1e-3, 3000),
+    Kind.MONO: Settings(Kind.MONO, (96, 128), 8, 700, 350, 2e-3, 2.5e-3, 3000),
     Kind.STEREO: Settings(Kind.STEREO, (128, 256), 6, 600, 300, 1e-2, 4e-3, 800),
 }
 CUTS = {
@@ -79,11 +79,16 @@ CUTS = {
 
 
 def settings_of(
-    full: Description, *, steps: int | None = None, rate: float | None = None, lesson: str | None = None
+    full: Description,
+    smaller: Description | None = None,
+    *,
+    steps: int | None = None,
+    rate: float | None = None,
+    lesson: str | None = None,
 ) -> Settings:
-    """The settings that a full network was made with, and what smaller ones shall differ in from the usual.
+    """The settings that a full network was made with; of smaller ones as told, else as `smaller` was made, or as usual.
 
-    Raises ValueError for a network that was not made in a work folder, and for a lesson that is none.
+    Raises ValueError for networks that were not made in a work folder, and for a lesson that is none.
     """
     if lesson not in (None, *LESSONS):
         raise ValueError(f"lesson {lesson!r} is none; use one of {', '.join(LESSONS)}")
@@ -92,7 +97,8 @@ def settings_of(
     try:
         made = {name: value for name, value in full.made["settings"].items() if name not in ("kind", *SLIM_ONLY)}
         made |= {"size": tuple(made["size"]), "data": made["data"] and Path(made["data"])}
-        return replace(DEFAULTS[full.kind], **made, **told)
+        made |= {name: smaller.made["settings"][name] for name in SLIM_ONLY} if smaller else {}
+        return replace(DEFAULTS[full.kind], **{**made, **told})
     except (KeyError, TypeError) as error:
         raise ValueError(f"the full network does not say how it was made ({error!r}); train it again") from error
 
@@ -169,7 +175,10 @@ class Work:
         self._learn(FULL, depthfile.build(description, self.settings.seed), description, None, tell)
 
     def slim(self, cut: str, tell: Tell) -> None:
-        """Make a smaller network of the full one, or with the cut `same` let it learn on for as long."""
+        """Make a smaller network of the full one, or with the cut `same` let it learn on for as long.
+
+        The teacher is the full network that has learned on, if it is there: what it knows more, smaller ones learn.
+        """
         if self.done(cut):
             return
         from rlkit.recover import depthtrain
@@ -180,7 +189,8 @@ class Work:
         plan = training_of(self.settings, slim=True)
         small: Module = depthtrain.slimmed(full, cut, samples_of(self.settings), plan, description.scale)
         shape = small.shape.to_json()
-        self._learn(cut, small, replace(description, shape=shape), full, tell)
+        teacher = depthfile.load(self.folder(SAME))[0] if self.done(SAME) else full
+        self._learn(cut, small, replace(description, shape=shape), teacher, tell)
 
     def _learn(self, name: str, network: Module, description: Description, teacher: Module | None, tell: Tell) -> None:
         from rlkit.recover import depthtrain
