@@ -170,10 +170,13 @@ def _check_files(output: Path | None, html: Path | None, *, force: bool) -> None
 def _planned(model: Source, told: dict[str, Any], named: Sequence[Weights]) -> Space:
     """The space with its gaps filled for this model and its weights.
 
-    Raises ValueError for contexts beyond the model's and caches that do not fit its heads.
+    Raises ValueError for contexts beyond the model's, caches that do not fit its heads, and caches named for bundles.
     """
     shape = source.read_shape(model)
     bundles = {one.name: _caches(one.model.path) for one in named if one.bundle}
+    if len(bundles) == len(named) and "kv" in told:
+        there = "; ".join(f"{name} has {', '.join(caches)}" for name, caches in bundles.items())
+        raise ValueError(f"bundles are measured under each cache they offer ({there}); leave kv out")
     filled = {"contexts": _contexts(shape), **_fitting(shape), **told, "bundles": bundles}
     filled["weights"] = tuple(one.name for one in named)
     wanted = Space(**filled)
@@ -318,7 +321,7 @@ def _finish(made: FrontierResult, path: Path, html: Path | None, *, json: bool) 
     if json:
         console.emit_json(made.to_json())
         return
-    for table in render.tables(made):
+    for table in render.narrow(made):
         console.table(table.columns, table.rows, title=table.title)
     console.emit(render.NOTE)
     for line in render.findings(made):

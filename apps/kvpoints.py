@@ -40,6 +40,7 @@ from rlkit.recover.source import Source, SourceKind
 VERSION = 1  # of how points are measured: another one measures anew
 KL_TOKENS = 768  # of the text: a screen, not a figure to publish
 NEW = 16  # tokens by the clock
+WARM = 8  # tokens of a prompt before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +254,7 @@ class Bench:
         setting = worker.Setting(threads=self.setup.threads)
         words = [*worker.command(folder, setting.device, setting.threads), point.kv]
         with worker.start(folder.name, words, worker.environment(folder, setting)) as process:
+            list(process.generate(Work([], ids[:WARM].tolist(), 1, point.context)))  # what is done but once
             first, *others = process.generate(work)
             peak = process.peak_nbytes() or 0
         needs = Memory(weights, held, max(0, peak - weights - held))

@@ -1,6 +1,6 @@
 """The weights that a KV frontier combines with caches: a model as it is, by a recipe, or another folder made of it.
 
-    float                the model itself
+    float                the model itself; of a checkpoint or bundle the name is its folder's
     w8, w4, recipe.toml  rounded by a recipe, error compensated; w4:awq by another quantizer, w4:full recovered
     ./checkpoint         a checkpoint, a bundle or a Hugging Face folder of the same model
 
@@ -73,7 +73,8 @@ def find(model: Source, names: Sequence[str], tell: Tell = silent, *, download: 
 
 def _named(model: Source, name: str, tell: Tell, *, download: bool) -> Weights:
     if name == FLOAT:
-        return Weights(name, model)
+        itself = model.kind in (SourceKind.HF, SourceKind.GGUF)
+        return Weights(name if itself else model.file.name, model)
     base, *options = name.split(":")
     if base in recipes.NAMED or base.endswith(".toml"):
         return _by_recipe(model, name, base, options)

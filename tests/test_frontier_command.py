@@ -184,6 +184,7 @@ def test_a_bundle_under_its_own_caches(
     table = found(capsys, bundle, *ASKED, "--weights", bundle, "-o", file, "--max-bytes", 10**9)
     points = {one["kv"]: one for one in table["points"]}
     assert list(points) == ["float", "int8", "int4"]
+    assert "under each cache they offer" in error(capsys, "kv", bundle, "--weights", bundle, "--kv", "k8v8")
     assert all(one["tpot_seconds"] > 0 and one["ttft_seconds"] > 0 for one in points.values())
     assert points["float"]["memory"]["cache_nbytes"] == 4 * points["int8"]["memory"]["cache_nbytes"]
     assert points["float"]["kl"] == pytest.approx(0.0, abs=1e-5) and points["int4"]["kl"] > points["int8"]["kl"] > 0

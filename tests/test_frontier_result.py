@@ -178,6 +178,11 @@ def test_tables_and_sentences(made: FrontierResult) -> None:
     assert [row[1] for row in best.rows] == ["k16v16", "k8v8", "k8v4"] and len(every.rows) == 5
     assert all(len(row) == len(every.columns) for row in every.rows)
     assert every.rows[4][6] == "0.0, left out after 1 items"
+    (short, tasks), columns = render.narrow(made), ("weights", "kv", "chunk")
+    assert short.columns == render.COLUMNS and [row[:9] for row in best.rows] == list(short.rows)
+    assert tasks.columns == (*columns, "needle", "long-qa", "TTFT", "ms per token")
+    assert tasks.rows[2] == ("float", "k8v4", "64", "50.0", "50.0", "1.50 s", "20.0")
+    assert [render.share(value) for value in (-1e-17, -0.0004, -0.002, 0.25)] == ["0.0%", "0.0%", "-0.2%", "25.0%"]
     said = list(render.findings(made))
     assert "float k8v8, chunks of 64: 700 B, 30.0% saved, 0.0% of the accuracy lost; runtime: kv int8" in said[0]
     assert said[1] == "measured: 17 items of the 20 of the whole grid (85%)"

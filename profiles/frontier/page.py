@@ -160,9 +160,9 @@ def _details(row: Row) -> Iterator[str]:
     """What is said of a point that is pointed at."""
     found, memory = row.found, row.found.memory
     yield row.point.name
-    yield f"{render.size(memory.nbytes)} = {render.parts(memory)}, {row.saved:.1%} saved"
+    yield f"{render.size(memory.nbytes)} = {render.parts(memory)}, {render.share(row.saved)} saved"
     if not math.isnan(found.accuracy):
-        lost = "" if row.loss is None else f", {row.loss:.1%} lost"
+        lost = "" if row.loss is None else f", {render.share(row.loss)} lost"
         yield f"accuracy {100 * found.accuracy:.1f} on {len(found.scores)} items{lost}"
         yield ", ".join(f"{name} {100 * value:.1f}" for name, value in row.tasks.items())
     if found.kl is not None:

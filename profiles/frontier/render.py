@@ -31,6 +31,11 @@ def parts(memory: Memory) -> str:
     return " + ".join(size(nbytes, memory.nbytes) for nbytes in each)
 
 
+def share(value: float) -> str:
+    """In per cent; what rounds to nothing has no sign."""
+    return f"{round(100 * value, 1) + 0.0:.1f}%"
+
+
 def tables(result: FrontierResult, *, whole: bool = False) -> Iterator[Table]:
     """The frontier of each context, or with `whole` every point of it."""
     for context in result.contexts:
@@ -41,6 +46,16 @@ def tables(result: FrontierResult, *, whole: bool = False) -> Iterator[Table]:
         what = "every point" if whole else "the frontier, below its reference"
         cells = tuple(_cells(row, tasks, timed) for row in rows)
         yield Table(f"{context:,} tokens: {what}", columns, cells, NOTE)
+
+
+def narrow(result: FrontierResult) -> Iterator[Table]:
+    """The frontier of each context for a terminal: what is known of tasks and seconds in a table of its own."""
+    for table in tables(result):
+        more = table.columns[len(COLUMNS) :]
+        yield Table(table.title, COLUMNS, tuple(row[: len(COLUMNS)] for row in table.rows), table.note)
+        if len(more) > 1:  # a single task is the accuracy
+            rows = tuple((*row[:3], *row[len(COLUMNS) :]) for row in table.rows)
+            yield Table(f"{table.title}: by task", (*COLUMNS[:3], *more), rows, table.note)
 
 
 def _framed(result: FrontierResult, context: int) -> list[Row]:
@@ -54,7 +69,7 @@ def _cells(row: Row, tasks: Sequence[str], timed: bool) -> tuple[str, ...]:
     memory = found.memory
     scored = f"{100 * found.accuracy:.1f}" if found.scores else "-"
     accuracy = scored if row.complete else f"{scored}, {found.why}"
-    judged = (f"{row.saved:.1%}", accuracy, "" if row.loss is None else f"{row.loss:.1%}")
+    judged = (share(row.saved), accuracy, "" if row.loss is None else share(row.loss))
     kl = "" if found.kl is None else f"{found.kl:.4f}"
     what = (point.weights, point.kv, str(point.chunk or "whole"), size(memory.nbytes), parts(memory))
     cells = (*what, *judged, kl, *(f"{100 * row.tasks[name]:.1f}" if name in row.tasks else "" for name in tasks))
@@ -86,6 +101,6 @@ def _chosen(result: FrontierResult, context: int, chosen: KvSettings | None) -> 
         smallest = min(row.found.nbytes for row in result.at(context) if row.complete)
         return f"nothing is {within}; the smallest point measured takes {size(smallest)}"
     row = next(row for row in result.at(context) if row.point == chosen.point)
-    loss = "" if row.loss is None else f", {row.loss:.1%} of the accuracy lost"
-    said = f"{within}: {chosen.point.name}: {size(row.found.nbytes)}, {row.saved:.1%} saved{loss}"
+    loss = "" if row.loss is None else f", {share(row.loss)} of the accuracy lost"
+    said = f"{within}: {chosen.point.name}: {size(row.found.nbytes)}, {share(row.saved)} saved{loss}"
     return f"{said}; runtime: {chosen.text}"
