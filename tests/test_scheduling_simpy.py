@@ -85,6 +85,7 @@ class Second:
         self.env = simpy.Environment()
         self.steps: Steps = []
         self.over: dict[int, str] = {}
+        self.ended: dict[str, dict[int, int]] = {"done": {}, "dropped": {}}  # when, by job
         self.tokens: dict[int, list[int]] = {}
         self.jobs: list[dict[str, Any]] = []
         self.lobby: list[dict[str, Any]] = []
@@ -135,6 +136,7 @@ class Second:
 
     def end(self, number: int, how: str) -> None:
         self.over[number] = how
+        self.ended[how][number] = int(self.env.now)
         self.over_event[number].succeed()
 
     def ask(self) -> None:
@@ -233,9 +235,8 @@ def test_events_happen_at_the_same_times_as_in_simpy(seed: int) -> None:
     second.env.run(until=load.setting.duration + 1)
     first = run(load, STAND_INS[policy]())
     assert sorted(row[:4] for row in first.steps) == sorted(second.steps)
-    assert {n for n, time in enumerate(first.dropped) if time >= 0} == {
-        n for n, how in second.over.items() if how == "dropped"
-    }
+    assert {number: time for number, time in enumerate(first.finished) if time >= 0} == second.ended["done"]
+    assert {number: time for number, time in enumerate(first.dropped) if time >= 0} == second.ended["dropped"]
     assert {number: times for number, times in first.tokens.items() if times} == {
         n: t for n, t in second.tokens.items() if t
     }
