@@ -125,7 +125,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
 
     drawn = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
-        drawn.add_column(name, justify="right" if all(_is_figure(row[index]) for row in rows) else "left")
+        figures = all(_is_figure(row[index]) for row in rows)
+        drawn.add_column(name, justify="right" if figures else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(str(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 120

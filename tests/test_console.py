@@ -84,6 +84,13 @@ def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_table_cuts_nothing_off(capsys: pytest.CaptureFixture[str]) -> None:
+    word = "k2v2:kchannel:g32:min:w32"
+    console.table(tuple("abcdef"), [(word,) * 6])
+    out = capsys.readouterr().out
+    assert "…" not in out and sum(out.count(letter) for letter in "w") == 6
+
+
 def test_a_table_shows_markup_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     console.table(("name", "n"), [("[red]x", 1), ("y", 22)], title="t")
     out = capsys.readouterr().out
