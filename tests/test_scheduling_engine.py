@@ -124,8 +124,10 @@ def test_late_frames_are_dropped_before_dispatch_and_with_them_what_comes_after(
     assert sorted(time for time in done.dropped if time != NEVER) == [50] * 4
     kept = simulate(setting(long, Stream("frames", (Option(0, 5),), 20, 20, count=4, late=Late.RUN), duration=100))
     assert kept.dropped == [NEVER] * 5
-    # A deadline that is now is not past.
-    assert spans(simulate(setting(long, Stream("due", (Option(0, 5),), 1000, 50, count=1))))["due0"] == (50, 55)
+    # A deadline that is now is not past, also where another one is.
+    due, past = (Stream(f"by{deadline}-", (Option(0, 5),), 1000, deadline, count=1) for deadline in (50, 49))
+    assert spans(simulate(setting(long, due)))["by50-0"] == (50, 55)
+    assert spans(simulate(setting(long, due, past))) == {"long0": (0, 50), "by50-0": (50, 55)}
 
 
 def test_what_comes_after_a_frame_waits_for_it_and_may_not_exist() -> None:

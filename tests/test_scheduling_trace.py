@@ -14,6 +14,7 @@ from rlkit.profiles.scheduling.arrivals import expand
 from rlkit.profiles.scheduling.engine import run
 from rlkit.profiles.scheduling.record import Run
 from rlkit.profiles.scheduling.trace import trace, write
+from rlkit.profiles.scheduling.traces import together
 from rlkit.profiles.scheduling.workload import Stream
 from rlkit.runtime.jobs import Option
 from simulated import STAND_INS, gaming, one, setting, simulate
@@ -79,3 +80,38 @@ def test_the_file_is_whole_json(tmp_path: Path, played: Run) -> None:
 def test_steps_that_the_end_cut_off_say_so() -> None:
     (event,) = of(simulate(setting(one("x", 60, 70), duration=40)), "X")
     assert (event["args"]["fate"], event["dur"]) == ("unfinished", 0.04)
+
+
+def test_viewers_find_what_they_need_in_every_event(played: Run) -> None:
+    """The format's own rules (Trace Event Format): phases with their fields, tracks that are named, arrows in pairs."""
+    eye = Stream("eye", (Option(0, 2000),), 20_000, 20_000)
+    gaze = Stream("gaze", (Option(1, 9),), 20_000, 20_000, after="eye")
+    chain = simulate(setting(eye, gaze, units=2, duration=400_000))
+    made = json.loads(json.dumps(together([chain, played, chain])))
+    needs = {
+        "M": {"args"},
+        "X": {"ts", "dur"},
+        "C": {"ts", "args"},
+        "i": {"ts", "s"},
+        "s": {"ts", "id"},
+        "f": {"ts", "id"},
+    }
+    tracks, arrows = set(), []
+    for event in made["traceEvents"]:
+        assert event.keys() >= {"ph", "pid", "tid", "name"} | needs[event["ph"]]
+        assert (
+            type(event["pid"]) is int
+            and type(event["tid"]) is int
+            and min(event.get("ts", 0), event.get("dur", 0)) >= 0
+        )
+        if event["name"] == "thread_name":
+            tracks.add((event["pid"], event["tid"]))
+        elif event["ph"] in "Xi":
+            assert (event["pid"], event["tid"]) in tracks
+        elif event["ph"] in "sf":
+            arrows.append((event["id"], event["ph"], event["ts"]))
+    ends = sorted(arrows, key=lambda arrow: (arrow[0], arrow[1] == "f"))
+    assert len(ends) > 20 and len({number for number, *_ in ends}) == len(ends) / 2
+    assert all(
+        (a[1], b[1], a[0]) == ("s", "f", b[0]) and a[2] <= b[2] for a, b in zip(ends[::2], ends[1::2], strict=True)
+    )

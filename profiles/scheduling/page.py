@@ -245,13 +245,17 @@ def _over_rates(found: Explored) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
-    rows = "".join(
-        f'<tr><th scope="row">{_text(row[0])}</th>{"".join(_cell(cell) for cell in row[1:])}</tr>' for row in table.rows
-    )
+    """Words to the left, long ones in several lines, under a head on the same side."""
+    sides = [_side(cell) for cell in next(iter(table.rows), table.columns)]
+    named = zip(table.columns, sides, strict=True)
+    head = "".join(f'<th scope="col"{side.replace("long", "left")}>{_text(column)}</th>' for column, side in named)
+    rows = "".join(f'<tr><th scope="row">{_text(row[0])}</th>{"".join(map(_cell, row[1:]))}</tr>' for row in table.rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _cell(cell: str) -> str:
-    name = ' class="long"' if len(cell) > 30 else "" if cell[:1] in "0123456789+-" else ' class="left"'
-    return f"<td{name}>{_text(cell)}</td>"
+    return f"<td{_side(cell)}>{_text(cell)}</td>"
+
+
+def _side(cell: str) -> str:
+    return ' class="long"' if len(cell) > 30 else "" if cell[:1] in "0123456789+-" else ' class="left"'
