@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,8 +13,10 @@ from rlkit.apps.asking import Place
 from rlkit.export.build import export_bundle
 from rlkit.profiles.frontier import result
 from rlkit.profiles.frontier.identity import identity_of
-from rlkit.profiles.frontier.result import Budget, FrontierResult, KvSettings, settings_of
+from rlkit.profiles.frontier.result import Budget, FrontierResult, KvSettings, Row, settings_of
+from rlkit.profiles.frontier.search import Evaluated
 from rlkit.profiles.frontier.space import Point
+from rlkit.profiles.needs import Memory
 from rlkit.recover import source
 from rlkit.runtime.request import Prefilled, Request
 
@@ -36,17 +37,9 @@ def other(folder: Path) -> Path:
 
 
 def saved(model: Path, path: Path, *chosen: KvSettings) -> Path:
-    made = FrontierResult(identity_of(source.resolve(model)), (), chosen, Budget(), 0.0, 0.0)
-    table: dict[str, Any] = made.to_json()
-    table["points"] = [row(one.point) for one in chosen]
-    path.write_text(json.dumps(table))
+    rows = tuple(Row(Evaluated(one.point, Memory(1, 1, 1)), {}, 0.0, None, True) for one in chosen)
+    result.save(FrontierResult(identity_of(source.resolve(model)), rows, chosen, Budget(), 0.0, 0.0), path)
     return path
-
-
-def row(point: Point) -> dict[str, Any]:
-    memory = {"weights_nbytes": 1, "cache_nbytes": 1, "activations_nbytes": 1}
-    measured = {"scores": [1.0], "memory": memory, "kl": 0.0, "ttft_seconds": None, "tpot_seconds": None}
-    return {**point.to_json(), **measured, "tasks": {}, "saved": 0.0, "loss": 0.0, "on_frontier": True, "why": ""}
 
 
 def settings(kv: str = "float", chunk: int | None = 3) -> KvSettings:

@@ -139,7 +139,7 @@ def _drawn(
         x, y = across(row.found.nbytes / 1e6), up(value)
         state = " part" * (not row.complete) + " best" * (row.point in on_frontier)
         tags = f'data-weights="{_text(row.point.weights)}" data-kv="{_text(row.point.kv)}" data-point="{row.point.key}"'
-        tags += f' data-at="{pixel(x)},{pixel(y)}" data-of="{row.found.nbytes},{value!r}"'
+        tags += f' data-at="{pixel(x)},{pixel(y)}" data-of="{row.found.nbytes},{float(value)!r}"'
         drawn = mark(x, y, series, told)
         yield f'<g class="point{state}" tabindex="0" {tags}>{drawn}</g>'
 
