@@ -188,7 +188,7 @@ def _row_from_json(table: dict[str, Any]) -> Row:
     one = Measured.from_json(table)
     if one.memory is None:
         raise TypeError("a point without bytes")
-    point, items = Point.from_json(table), tuple(int(item) for item in table["items"])
+    point, items = Point.from_json(table), tuple(int(item) for item in table.get("items", ()))
     found = Evaluated(
         point, one.memory, one.kl, one.scores, table["why"], one.ttft_seconds, one.tpot_seconds, items=items
     )
