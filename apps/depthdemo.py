@@ -1,7 +1,7 @@
 """The command `depth demo`: both kinds of networks, brief: train, make smaller, export, int8, measure, report.
 
 OUT/mono OUT/stereo     work folders (depthwork.py)
-OUT/depth.json report.html pictures.safetensors
+OUT/depth.json report.html pictures/*.png pictures.safetensors
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rlkit.recover.progress import Tell
 MARK = "rlkit-depth-demo.json"  # says that a folder is ours, so that --fresh may empty it
 NEEDED_NBYTES = 300_000_000
 HELD_OUT = 24  # scenes to measure on
+TIMED_SECONDS = 10.0  # of frames, for each kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def demo(
     depthshow.finish(out, suites, json=json)
     if not json:
         console.say(f"{console.duration(time.monotonic() - began)} in all")
-        console.say(f"next: rlkit depth slim {works[Kind.MONO].out} --cuts level,widths:0.5,prune:0.05")
+        console.say(f"next: rlkit depth slim {works[Kind.MONO].out} --cuts widths:0.5,prune:0.05")
 
 
 def _suite(work: Work, part: Part, tell: Tell) -> Suite:
@@ -80,7 +81,7 @@ def _suite(work: Work, part: Part, tell: Tell) -> Suite:
     for name in (SAME, *part.cuts):
         work.slim(name, tell)
     held = depthshow.held_out(work.settings, HELD_OUT, tell)
-    return depthsuite.measure(work, (FULL, SAME, *part.cuts), held, Asked(seconds=10.0), tell)
+    return depthsuite.measure(work, (FULL, SAME, *part.cuts), held, Asked(seconds=TIMED_SECONDS), tell)
 
 
 def _show_plan(works: dict[Kind, Work], *, json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from rlkit.apps import console, depthscore, depthwork
 from rlkit.apps.depthscore import Held
 from rlkit.apps.depthsuite import loss
-from rlkit.apps.depthwork import CUTS, FULL, Settings, Work
+from rlkit.apps.depthwork import CUTS, FULL, SAME, Settings, Work
 from rlkit.profiles import depthpage, depthpictures, depthresult
 from rlkit.profiles.depthmetrics import StereoScore
 from rlkit.profiles.depthresult import DepthResult, Row, Suite
@@ -34,9 +34,10 @@ def check_cuts(kind: Kind, names: Sequence[str]) -> None:
 
 
 def work_of(folder: Path, **given: Any) -> Work:
-    """The work folder of a full network, with its settings but for what is given of smaller ones."""
-    made = depthfile.read(folder / "networks" / FULL)
-    return Work(folder, depthwork.settings_of(made, **given))
+    """The work folder of a full network: its settings, and of smaller ones what is given, else as those there have."""
+    networks = folder / "networks"
+    smaller = depthfile.read(networks / SAME) if (networks / SAME).is_dir() else None
+    return Work(folder, depthwork.settings_of(depthfile.read(networks / FULL), smaller, **given))
 
 
 def held_out(

@@ -82,7 +82,8 @@ def _int8_row(work: Work, row: Row, held: Sequence[Held], tell: Tell) -> Row:
 
 def _shown(suite: Suite) -> list[str]:
     """The full network and the best few that are smaller, by parameters apart."""
-    smaller = [row.name for row in suite.frontier() if row.name not in (FULL, SAME) and row.precision == "float32"]
+    best = dict.fromkeys(row.name.removesuffix(" int8") for row in suite.frontier())
+    smaller = [name for name in best if name not in (FULL, SAME)]
     return [FULL, *smaller[:: max(1, len(smaller) // (SHOWN - 1))][: SHOWN - 1]]
 
 

@@ -153,9 +153,9 @@ def latencies(suite: Suite) -> Table:
                 (
                     row.name,
                     f"{each.device}, {each.threads} thread{'s' * (each.threads != 1)}",
-                    f"{1e3 * each.seconds:.3g}",
-                    f"{1e3 * each.low:.3g} to {1e3 * each.high:.3g}",
-                    "" if expected is None else f"{1e3 * expected:.3g}",
+                    _short(1e3 * each.seconds),
+                    f"{_short(1e3 * each.low)} to {_short(1e3 * each.high)}",
+                    "" if expected is None else _short(1e3 * expected),
                     "" if expected is None else f"{100 * (expected / each.seconds - 1):+.0f}",
                     "" if whole is None else f"{whole / each.seconds:.2f}x",
                     str(each.frames),
@@ -194,7 +194,7 @@ def _charts(suite: Suite) -> Iterator[str]:
 
         said = f"milliseconds a frame, {device}, {threads} thread{'s' * (threads != 1)}"
         points = [(milliseconds(row), suite.leading(row), row.name) for row in suite.rows]
-        yield from _chart(suite, said, milliseconds, _frontier(suite, points), lambda value: f"{value:.3g}")
+        yield from _chart(suite, said, milliseconds, _frontier(suite, points), _short)
 
 
 def _frontier(suite: Suite, points: Sequence[tuple[float | None, float | None, str]]) -> set[str]:
@@ -207,6 +207,11 @@ def _frontier(suite: Suite, points: Sequence[tuple[float | None, float | None, s
             least = error
             found.add(name)
     return found
+
+
+def _short(value: float) -> str:
+    """Three digits, without a power of ten where they are before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _count(value: float) -> str:

@@ -110,10 +110,12 @@ def sizes(network: nn.Module, height: int, width: int) -> Sizes:
 
 
 def _flops(network: nn.Module, height: int, width: int) -> int:
-    empty = copy.deepcopy(network).to("meta").eval()
-    images = [torch.empty(1, 3, height, width, device="meta")] * (1 if isinstance(network, DepthNet) else 2)
+    mono = isinstance(network, DepthNet)
+    device = "meta" if mono else "cpu"  # a pair's network is small, and most of its operators are slow without values
+    copied = copy.deepcopy(network).to(device).eval()
+    images = [torch.zeros(1, 3, height, width, device=device)] * (1 if mono else 2)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        empty(*images)
+        copied(*images)
     return int(counter.get_total_flops())
 
 
