@@ -7,8 +7,8 @@ search      successive halving against the whole grid over CACHES in two group s
             worse), how far its frontier is from the grid's, and its items' share of the grid's. The share is also told
             with screens (bytes and KL of every point), which both need
 reduction   total memory saved, and accuracy lost, by 4-bit weights with quantized caches in chunks of 256, against the
-            model as it is with everything in 16 bit and the prompt read at once, on needles and long-qa. The
-            bar holds a point that saves enough at every context and whose loss over all items is small enough
+            model with everything in 16 bit (weights too, whatever its file stores) and the prompt read at once. The bar
+            holds a point that saves enough at every context and whose loss over all items of --tasks is small enough
 smoothing   KL and needles under int4 and int2, keys alone and with values, with and without the mean of keys taken out
 
 Sizes: --items of each task at 1,024 tokens and below, in proportion fewer at longer contexts, at least 4. What was
@@ -19,7 +19,7 @@ suite has what two quiet cores do in six to eight minutes; making 4-bit weights 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +49,7 @@ SEARCHED, BASE = 512, 1024  # tokens of context
 CUTS = ("k8v4:smooth", "k4v4:smooth:g32")
 CONTEXTS = "1024,6k"
 ITEMS = 12
+TASKS = ("needle", "long-qa")
 SMOOTHED = ("k4v16", "k4v4", "k2v16", "k2v2")
 
 
@@ -62,6 +63,7 @@ class Wanted:
     items: int
     threads: int | None
     where: Where
+    tasks: tuple[str, ...] = TASKS
 
     def items_at(self, context: int) -> int:
         """Of each task."""
@@ -115,16 +117,28 @@ def reduction(wanted: Wanted, tell: Tell) -> dict[str, Any]:
     references: list[Evaluated] = []
     tasks: list[str] = []
     for context in wanted.contexts:
-        space = Space(weights=(FLOAT, wanted.weights), kv=CUTS, contexts=(context,), items=wanted.items_at(context))
+        space = Space(
+            weights=(FLOAT, wanted.weights),
+            kv=CUTS,
+            contexts=(context,),
+            tasks=wanted.tasks,
+            items=wanted.items_at(context),
+        )
         points = [space.reference(context), *(one for one in space.points() if one.weights != FLOAT)]
         (grid,) = _found(wanted, space, tell, whole=(True,), points=points, tasks=tasks)
-        references.append(grid.points[0])
+        references.append(_in_16_bit(grid.points[0], wanted.model))
         for one in grid.points[1:]:
             found.setdefault(one.point.name, []).append(one)
     rows = [_lost(name, some, references, tasks) for name, some in found.items()]
     met = any(row["saved_least"] >= SAVED_BAR and row["loss"] <= LOSS_BAR for row in rows)
     facts: dict[str, Any] = {"contexts": list(wanted.contexts), "items": len(tasks), "saved_bar": SAVED_BAR}
     return {**facts, "rows": rows, "bar": LOSS_BAR, "met": met}
+
+
+def _in_16_bit(reference: Evaluated, model: Source) -> Evaluated:
+    """The same with two bytes for each parameter."""
+    whole = kvweights.HALF * source.read_shape(model).parameters
+    return replace(reference, memory=replace(reference.memory, weights_nbytes=whole))
 
 
 def _lost(
@@ -204,6 +218,7 @@ def main(  # noqa: PLR0913, one parameter per option of the command
     model: Annotated[str, typer.Option(help="A float model, as for `rlkit kv`.")] = "smollm2-135m",
     weights: Annotated[str, typer.Option(help="Of the suite reduction, as for `rlkit kv`.")] = "w4",
     contexts: Annotated[str, typer.Option(help="Of the suite reduction.")] = CONTEXTS,
+    tasks: Annotated[str, typer.Option(help="Of the suite reduction, as for `rlkit kv`.")] = ",".join(TASKS),
     items: Annotated[int, typer.Option(min=UNIT, help="Of each task at 1,024 tokens and below.")] = ITEMS,
     workers: Annotated[int, typer.Option(min=1, help="Processes that measure, with a model each.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with.")] = None,
@@ -216,7 +231,9 @@ def main(  # noqa: PLR0913, one parameter per option of the command
     found: dict[str, Any] = {"schema_version": 1, "model": model, "weights": weights}
     with console.progress(quiet=json) as tell:
         resolved = source.resolve(model, download=model in assets.registry(), tell=tell)
-        wanted = Wanted(resolved, weights, contexts_of(contexts), items, threads, Where(workers))
+        wanted = Wanted(
+            resolved, weights, contexts_of(contexts), items, threads, Where(workers), tuple(tasks.split(","))
+        )
         for name in names:
             found[name] = SUITES[name](wanted, tell)
             write_json(out / "kv_frontier.json", found)
