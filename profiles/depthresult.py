@@ -120,7 +120,7 @@ class Picture:
 class Suite:
     """All networks of a kind, the first row being the one that the others are compared with.
 
-    height, width: of a frame whose FLOPs and latency are told. range: the smallest and largest value pictures show.
+    height, width: of a frame whose FLOPs and latency are told.
     """
 
     kind: Kind
