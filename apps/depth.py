@@ -163,7 +163,7 @@ def evaluate(
         scored = depthscore.scores(held, predict, description.scale)
         samples = depthwork.samples_of(settings)
         learned = [samples.get(index) for index in range(min(samples.count, depthscore.LEARNED_FROM))]
-        rows = [Row(network.name, "as given", scored)]
+        rows = [_sized(Row(network.name, "as given", scored), network, description)]
         rows += depthscore.baselines(held, learned, description.scale, tell)
         shown = depthscore.pictures(held, {network.name: predict}) if output else ()
     suite = Suite(description.kind, *description.size, tuple(each.data for each in held), tuple(rows), pictures=shown)
@@ -183,6 +183,16 @@ def _learned_with(description: depthfile.Description) -> Settings:
         settings = DEFAULTS[description.kind]
     data = settings.data if settings.data and settings.data.is_dir() else None
     return replace(settings, size=description.size, data=data)
+
+
+def _sized(row: Row, network: Path, description: depthfile.Description) -> Row:
+    """A row with the sizes of a network's folder; a file may hold a part of its network, so that it is not counted."""
+    if network.suffix == ".onnx":
+        return row
+    from rlkit.recover import slim
+
+    sizes = slim.sizes(depthfile.load(network)[0], *description.size)
+    return replace(row, parameters=sizes.parameters, flops=sizes.flops, nbytes=sizes.nbytes)
 
 
 def _opened(network: Path, threads: int) -> tuple[depthfile.Description, depthscore.Predict]:

@@ -69,7 +69,7 @@ def finish(folder: Path, suites: Sequence[Suite], *, json: bool) -> None:
 
 COLUMNS = {Kind.MONO: ("SSIM", "AbsRel", "d<1.25"), Kind.STEREO: ("3px err", "EPE px")}
 NOTE = {
-    Kind.MONO: "SSIM of log depth; lost: share of the better full network's; d<1.25: % of pixels within a quarter",
+    Kind.MONO: "SSIM of log depth; d<1.25: % of pixels within a quarter; lost: share of the better full network's SSIM",
     Kind.STEREO: "3px err: % of pixels over 3 px and 5 % of the truth; lost: points over the better full network's",
 }
 
@@ -79,9 +79,10 @@ def show(suite: Suite) -> None:
     if sizes := list(_sizes(suite)):
         console.table(("", "parameters", "fewer %", "MFLOP", "file", "ms", "times as fast"), sizes)
     for data in suite.data:
-        columns = ("", *COLUMNS[suite.kind], "lost %")
         rows = [cells for row in suite.rows if (cells := _cells(suite, row, data.name))]
-        console.table(columns, rows, title=f"{data.name}: {data.about}")
+        columns = ("", *COLUMNS[suite.kind], "lost %")
+        shown = len(columns) if any(row[-1] for row in rows) else -1  # nothing was lost by a single network
+        console.table(columns[:shown], [row[:shown] for row in rows], title=f"{data.name}: {data.about}")
     console.emit(NOTE[suite.kind])
     for bar in suite.bars:
         word = "met" if bar.met else "NOT MET"

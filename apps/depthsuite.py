@@ -99,7 +99,9 @@ def reference(suite: Suite, data: str | None = None) -> Row:
 
 
 def loss(suite: Suite, row: Row, data: str | None = None) -> float | None:
-    """How much worse than the reference, as depthscore.worse."""
+    """How much worse than the reference, as depthscore.worse; None where there is no full network."""
+    if not any(each.name in (FULL, SAME) for each in suite.rows):
+        return None
     return depthscore.worse(suite.kind, suite.leading(row, data), suite.leading(reference(suite, data), data))
 
 

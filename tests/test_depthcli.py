@@ -23,7 +23,7 @@ from rlkit.profiles.depthresult import Data, Row, Scored, Suite
 from rlkit.recover import depthdata, depthfile, depthtrain, scenes
 from rlkit.recover.anynet import AnyShape
 from rlkit.recover.depthfile import Kind
-from rlkit.recover.depthnets import DepthShape
+from rlkit.recover.depthnets import DepthNet, DepthShape, value_count
 from rlkit.recover.depthsample import DepthSample, StereoSample
 from rlkit.recover.progress import Progress, silent
 from rlkit.runtime import visionquant
@@ -159,6 +159,8 @@ def test_an_exported_file_is_measured_as_its_network(mono: Path, tmp_path: Path)
     )
     assert list(file_rows) == ["level.onnx", "constant"] and list(rows) == ["level", "constant"]
     assert file_rows["constant"] == rows["constant"]
+    assert rows["level"]["parameters"] == value_count(DepthNet(DepthShape.of(4, 6))) and rows["level"]["flops"] > 0
+    assert file_rows["level.onnx"]["parameters"] is None  # it may be a part of a network
     figures, wanted = (each["scores"][0]["score"] for each in (file_rows["level.onnx"], rows["level"]))
     assert figures == pytest.approx(wanted, abs=1e-4)
     slimmed = json.loads((mono / "depth.json").read_text())["suites"][0]["rows"]
@@ -171,7 +173,9 @@ def test_eval_writes_a_folder_and_shows_a_table(mono: Path, tmp_path: Path) -> N
     asked = ("eval", mono / "networks" / "full", "--count", "1", "--no-motorcycle", "--data", images)
     code, out, err = run(*asked, "-o", tmp_path / "out")
     assert code == 0 and f"page: {tmp_path / 'out' / 'report.html'}" in err
-    assert "full" in out and "constant" in out and "parameters" not in out  # no table of sizes without sizes
+    for words in ("full", "constant", "parameters", "diode: "):
+        assert words in out
+    assert "lost %" not in out.split("SSIM of log depth")[0]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "depth.json", "pictures", "pictures.safetensors", "report.html"
     }  # fmt: skip
