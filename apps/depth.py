@@ -154,8 +154,8 @@ def evaluate(
 
     Example: rlkit depth eval ./depth/networks/full -o ./measured
     """
-    if output is not None:
-        refuse_existing(output, force=False)
+    if output is not None and output.exists():
+        raise FileExistsError(f"{output} exists already; choose another -o")
     description, predict = _opened(network, threads)
     settings = _learned_with(description)
     with console.progress(quiet=json) as tell:

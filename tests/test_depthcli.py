@@ -181,7 +181,7 @@ def test_eval_writes_a_folder_and_shows_a_table(mono: Path, tmp_path: Path) -> N
     }  # fmt: skip
     suite = json.loads((tmp_path / "out" / "depth.json").read_text())["suites"][0]
     assert [(each["name"], each["samples"]) for each in suite["data"]] == [("scenes", 1), ("diode", 1)]
-    assert "exists already" in refused(*asked, "-o", tmp_path / "out")
+    assert "exists already; choose another -o" in refused(*asked, "-o", tmp_path / "out")
 
 
 def test_slim_keeps_what_is_there_and_adds_other_cuts(mono: Path, tmp_path: Path) -> None:
