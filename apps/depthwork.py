@@ -73,7 +73,7 @@ DEFAULTS = {
     Kind.STEREO: Settings(Kind.STEREO, (128, 256), 6, 600, 300, 1e-2, 4e-3, 800),
 }
 CUTS = {
-    Kind.MONO: ("level", "widths:0.5", "prune:0.25:0.4", "prune:0.1:0.3", "prune:0.05:0.2"),
+    Kind.MONO: ("level", "widths:0.497", "prune:0.25:0.4", "prune:0.1:0.3", "prune:0.05:0.2"),  # half would be 74.9 %
     Kind.STEREO: ("spn:4", "spn:1", "spn:0", "spn:0+prune:0.5", "spn:0+prune:0.25", "spn:0+prune:0.1"),
 }
 

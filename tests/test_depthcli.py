@@ -385,7 +385,7 @@ def test_trainings_that_cannot_be_are_one_line(bad: Path, tmp_path: Path, argume
     ("arguments", "why"),
     [
         (("slim", "MONO", "--cuts", "half"), "'half' is no cut; write level"),
-        (("slim", "MONO", "--cuts", "spn:4"), "'spn:4': spn is no cut for a mono network; use level, widths:0.5"),
+        (("slim", "MONO", "--cuts", "spn:4"), "'spn:4': spn is no cut for a mono network; use level, widths:0.497"),
         (("slim", "STEREO", "--cuts", "spn:0+level"), "level is no cut for a stereo network; use spn:4"),
         (("slim", "MONO", "--lesson", "x"), "lesson 'x' is none; use one of truth, teacher, both"),
         (("slim", "BAD/junk"), "has no network.json, so it is no depth network; see rlkit depth train"),

@@ -30,7 +30,10 @@ from rlkit.recover.atomic import write_json
 from rlkit.recover.depthfile import Kind
 from rlkit.recover.progress import Tell
 
-PUBLISHED = {Kind.MONO: ("level", "widths:0.5", "prune:0.25:0.4"), Kind.STEREO: ("spn:4", "spn:1", "spn:0")}
+PUBLISHED = {
+    Kind.MONO: ("level", "widths:0.497", "prune:0.25:0.4"),
+    Kind.STEREO: ("spn:4", "spn:1", "spn:0"),
+}  # half: 74.9 % fewer
 
 
 @dataclass(frozen=True, slots=True)
