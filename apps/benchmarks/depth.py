@@ -24,7 +24,7 @@ import typer
 from rlkit.apps import console, depthshow, depthsuite, depthtime
 from rlkit.apps.depthsuite import Asked
 from rlkit.apps.depthwork import CUTS, DEFAULTS, FULL, SAME, Settings, Work
-from rlkit.profiles import depthpage, depthresult
+from rlkit.profiles import depthpage, depthpictures, depthresult
 from rlkit.profiles.depthresult import Bar, DepthResult, Suite
 from rlkit.recover.atomic import write_json
 from rlkit.recover.depthfile import Kind
@@ -149,6 +149,7 @@ def main(  # noqa: PLR0913, one parameter per option of the command
         found[name] = result.to_json()
         depthresult.write(out / name, result)
         depthpage.write(out / name / depthshow.PAGE, result)
+        depthpictures.write(out / name / depthshow.PICTURES, result)
         missed |= not all(bar.met for each in suites for bar in each.bars)
         if not json:
             for each in suites:
