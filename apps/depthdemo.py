@@ -39,7 +39,7 @@ class Part:
 PARTS = {
     Kind.MONO: Part(
         replace(DEFAULTS[Kind.MONO], size=(64, 96), steps=350, slim_steps=200, pool=800),
-        ("level", "prune:0.25:0.4", "prune:0.1:0.3"),
+        ("level", "widths:0.497", "prune:0.1:0.3"),
     ),
     Kind.STEREO: Part(
         replace(DEFAULTS[Kind.STEREO], steps=300, slim_steps=120, pool=200),
@@ -73,7 +73,7 @@ def demo(
     depthshow.finish(out, suites, json=json)
     if not json:
         console.say(f"{console.duration(time.monotonic() - began)} in all")
-        console.say(f"next: rlkit depth slim {works[Kind.MONO].out} --cuts widths:0.5,prune:0.05")
+        console.say(f"next: rlkit depth slim {works[Kind.MONO].out} --cuts prune:0.25:0.4,prune:0.05")
 
 
 def _suite(work: Work, part: Part, tell: Tell) -> Suite:

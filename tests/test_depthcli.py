@@ -498,7 +498,7 @@ def test_the_demo_makes_measures_and_tells(brief: None, tmp_path: Path) -> None:
         assert words in told
     advice = told.splitlines()[-1].removeprefix("next: rlkit depth ").replace("prune:0.05", "level").split()
     short = ("--count", "1", "--no-motorcycle", "--seconds", "0", "--no-forecast", "--no-int8", "--json")
-    assert parsed(*advice, *short)["suites"][0]["rows"][2]["name"] == "widths:0.5"
+    assert parsed(*advice, *short)["suites"][0]["rows"][2]["name"] == "prune:0.25:0.4"
     for words in ("level int8", "constant", "semi-global matching", "motorcycle: Middlebury", "scenes: rendered"):
         assert words in said
     result = json.loads((out / "depth.json").read_text())
