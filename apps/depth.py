@@ -161,8 +161,7 @@ def evaluate(
     with console.progress(quiet=json) as tell:
         held = held_out(settings, count, tell, data=data, motorcycle=motorcycle)
         scored = depthscore.scores(held, predict, description.scale)
-        samples = depthwork.samples_of(settings)
-        learned = [samples.get(index) for index in range(min(samples.count, depthscore.LEARNED_FROM))]
+        learned = depthwork.samples_of(settings).first(depthscore.LEARNED_FROM)
         rows = [_sized(Row(network.name, "as given", scored), network, description)]
         rows += depthscore.baselines(held, learned, description.scale, tell)
         shown = depthscore.pictures(held, {network.name: predict}) if output else ()

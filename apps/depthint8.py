@@ -95,7 +95,7 @@ class _Judge:
         description = depthfile.read(work.folder(name))
         self.kind, self.scale = description.kind, description.scale
         samples = samples_of(work.settings)
-        self.calibrated_on = [samples.get(index) for index in range(min(samples.count, CALIBRATED_ON))]
+        self.calibrated_on = samples.first(CALIBRATED_ON)
         judged = [samples.get(samples.count - 1 - index) for index in range(min(samples.count, JUDGED_ON))]
         self.held = depthscore.held_samples("judged", judged, description.size)
         self.wanted = self._leading(work.predict(name))

@@ -46,8 +46,7 @@ def measure(work: Work, names: Sequence[str], held: Sequence[Held], asked: Asked
         if asked.forecast:
             times = depthtime.forecast(files, kind, asked.frame, times, tell)
         rows = [replace(row, latency=(times[row.name],)) for row in rows]
-    samples = samples_of(work.settings)
-    first = [samples.get(index) for index in range(min(samples.count, depthscore.LEARNED_FROM))]
+    first = samples_of(work.settings).first(depthscore.LEARNED_FROM)
     scale = depthfile.read(work.folder(FULL)).scale
     baselines = depthscore.baselines(held, first, scale, tell)
     data = tuple(each.data for each in held)

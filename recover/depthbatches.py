@@ -37,6 +37,10 @@ class Samples:
     identity: Any
     get: Callable[[int], Sample]
 
+    def first(self, count: int) -> list[Sample]:
+        """The first so many, or all of fewer."""
+        return [self.get(index) for index in range(min(self.count, count))]
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
