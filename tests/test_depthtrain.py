@@ -1,4 +1,4 @@
-"""How depth networks learn: losses against other people's and by hand, batches, resumption, lessons, files."""
+"""How depth networks learn: resumption, lessons, files, predictions."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
-from rlkit.profiles import depthmetrics
-from rlkit.recover import depthbatches, depthfile, depthloss, depthpredict, depthtrain
+from rlkit.recover import depthbatches, depthfile, depthpredict, depthtrain
 from rlkit.recover.anynet import AnyNet, AnyShape
-from rlkit.recover.depthbatches import Cut, Samples
+from rlkit.recover.depthbatches import Samples
 from rlkit.recover.depthfile import Description, Kind
 from rlkit.recover.depthnets import DepthNet, DepthShape
-from rlkit.recover.depthsample import DepthSample, LogScale, StereoSample, planes
+from rlkit.recover.depthsample import DepthSample, LogScale, planes
 from rlkit.recover.depthtrain import Lesson, Training
 from rlkit.recover.progress import Progress
 from rlkit.recover.scenes import View
-from test_depthdata import diode, kitti
 
 VIEW = View(16, 32, max_disparity=12.0)
 PAIRS = View(32, 64, max_disparity=20.0)
@@ -47,10 +44,14 @@ def fresh(kind: Kind, seed: int = 0) -> nn.Module:
     return depthfile.build(description, seed)
 
 
-@pytest.fixture(scope="module")
-def data() -> dict[Kind, Samples]:
+def learned_from() -> dict[Kind, Samples]:
     views = {Kind.MONO: VIEW, Kind.STEREO: PAIRS}
     return {kind: depthbatches.of_scenes(kind, views[kind], 0, 4) for kind in Kind}
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[Kind, Samples]:
+    return learned_from()
 
 
 def values(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -247,203 +248,6 @@ def test_facts_are_plain_and_progress_is_told(data: dict[Kind, Samples]) -> None
     assert json.loads(json.dumps(facts)) == facts and facts["steps"] == 3 and facts["seconds"] > 0
     assert [(each.stage, each.done, each.total) for each in told] == [("train x", k, 3) for k in (1, 2, 3)]
     assert told[-1].note.startswith("loss ")
-
-
-# --- losses ---------------------------------------------------------------------------------------------------------
-
-
-def maps(seed: int, height: int = 24, width: int = 30) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    smooth = torch.nn.functional.avg_pool2d(torch.randn(2, 1, height + 4, width + 4, generator=generator), 5, 1)
-    return smooth.clamp(-0.9, 0.9).double()
-
-
-def mask(height: int = 24, width: int = 30) -> torch.Tensor:
-    known = torch.ones(2, 1, height, width, dtype=torch.bool)
-    known[0, 0, 3:9, 5:12] = False
-    known[1, 0, :, :2] = False
-    return known
-
-
-def test_ssim_is_that_of_scikit_image_over_whole_windows() -> None:
-    metrics = pytest.importorskip("skimage.metrics")
-    predicted, truth, known = maps(0), maps(1), mask()
-    found = []
-    for index in range(2):
-        x, y, valid = (each[index, 0].numpy() for each in (predicted, truth, known))
-        constants = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "K1": 0.01, "K2": 0.03}
-        _, every = metrics.structural_similarity(x * valid, y * valid, data_range=1.8, full=True, **constants)
-        whole = sliding_window_view(valid, (11, 11)).all((2, 3))
-        found.append(every[5:-5, 5:-5][whole])
-    wanted = np.concatenate(found).mean()
-    assert float(depthloss.ssim(predicted, truth, known)) == pytest.approx(wanted, abs=1e-9)
-    metric = depthmetrics.ssim(predicted[:, 0].numpy(), truth[:, 0].numpy(), known[:, 0].numpy(), 1.8)
-    assert metric == pytest.approx(wanted, abs=1e-9)
-    assert float(depthloss.ssim(truth, truth, known)) == pytest.approx(1)
-    nothing = known & (torch.arange(30) % 10 > 0)  # no window is known as a whole
-    assert float(depthloss.ssim(predicted, truth, nothing)) == 1
-    with pytest.raises(ValueError, match="30x10 are smaller than SSIM's window of 11"):
-        depthloss.ssim(predicted[:, :, :10], truth[:, :, :10], known[:, :, :10])
-
-
-def test_smoothness_of_maps_made_by_hand() -> None:
-    truth = torch.zeros(1, 1, 3, 4)
-    known = torch.ones_like(truth, dtype=torch.bool)
-    step = torch.tensor([0.0, 0.0, 0.3, 0.3]).expand(1, 1, 3, 4)
-    assert float(depthloss.smoothness(truth, step, known)) == 0
-    assert float(depthloss.smoothness(step, truth, known)) == pytest.approx(0.3 / 3)  # one of three steps in each row
-    edge = depthloss.smoothness(step, step, known)  # where the truth has that edge
-    assert float(edge) == pytest.approx(0.1 * math.exp(-depthloss.EDGE * 0.3))
-    tall = step.transpose(2, 3)
-    assert float(depthloss.smoothness(tall, truth.transpose(2, 3), known.transpose(2, 3))) == pytest.approx(0.1)
-    known[..., 2] = False  # the step's far end is not known
-    assert float(depthloss.smoothness(step, truth, known)) == 0
-
-
-@pytest.mark.parametrize("kind", list(Kind))
-def test_what_is_not_known_counts_nowhere(kind: Kind) -> None:
-    known = mask()
-    predicted, truth = maps(2).requires_grad_(), maps(3)
-    junk = torch.where(known, truth, 100.0)
-
-    def loss(true: torch.Tensor) -> torch.Tensor:
-        if kind is Kind.MONO:
-            return depthloss.mono(predicted, true, known)
-        return depthloss.stereo([predicted, 2 * predicted], true, known)
-
-    one, other = loss(truth), loss(junk)
-    assert one.item() == pytest.approx(other.item(), rel=1e-12)
-    (slope,) = torch.autograd.grad(one, predicted)
-    assert (slope[~known] == 0).all() and (slope[known] != 0).float().mean() > 0.9
-
-
-def test_losses_by_hand_and_their_slopes() -> None:
-    truth = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
-    known = torch.tensor([True, True, True, False]).view(1, 1, 1, 4)
-    stages = [torch.full_like(truth, size) for size in (3.0, 0.5, 0.2, 2.0)]
-    by_hand = 0.25 * (3 - 0.5) + 0.5 * 0.5**2 / 2 + 1.0 * 0.2**2 / 2 + 1.0 * (2 - 0.5)  # smooth L1 turns at 1 px
-    assert float(depthloss.stereo(stages, truth, known)) == pytest.approx(by_hand)
-    assert float(depthloss.stereo(stages[:3], truth, known)) == pytest.approx(by_hand - 1.5)
-
-    predicted, true, valid = maps(4), maps(5), mask()
-    parts = (
-        0.85 * (1 - depthloss.ssim(predicted, true, valid)),
-        0.1 * (predicted - true).abs()[valid].mean(),
-        0.9 * depthloss.smoothness(predicted, true, valid),
-    )
-    assert float(depthloss.mono(predicted, true, valid)) == pytest.approx(float(sum(parts)), rel=1e-12)
-    small = [each[:1, :, :12, :13].clone() for each in (predicted, true, valid)]
-    small[0].requires_grad_()
-    assert torch.autograd.gradcheck(lambda given: depthloss.mono(given, small[1], small[2]), small[0], atol=1e-6)
-
-
-def test_spread_compares_where_features_are_and_not_their_channels() -> None:
-    torch.manual_seed(0)
-    wide = torch.rand(2, 6, 3, 4)
-    assert float(depthloss.spread([wide], [wide[:, [5, 0, 3, 1, 2, 4]] * 7])) == pytest.approx(0, abs=1e-6)
-    left, right = torch.zeros(1, 2, 1, 2), torch.zeros(1, 5, 1, 2)
-    left[..., 0], right[..., 1] = 3, 2
-    assert float(depthloss.spread([left, left], [right])) == pytest.approx(2)  # unit vectors at right angles, one level
-
-
-# --- batches --------------------------------------------------------------------------------------------------------
-
-
-def test_batches_of_a_step_are_the_same_whenever_they_are_asked_for(data: dict[Kind, Samples]) -> None:
-    cut, scale = Cut(3, (12, 20), 7), LogScale()
-    first = [depthbatches.batch(data[Kind.MONO], cut, step, scale) for step in range(4)]
-    again = {step: depthbatches.batch(data[Kind.MONO], cut, step, scale) for step in (3, 0, 2, 1)}
-    for step, shown in enumerate(first):
-        assert torch.equal(shown.images[0], again[step].images[0]) and torch.equal(shown.truth, again[step].truth)
-        assert shown.images[0].shape == (3, 3, 12, 20) and shown.truth.shape == shown.valid.shape == (3, 1, 12, 20)
-        assert float(shown.images[0].min()) >= 0 and float(shown.images[0].max()) <= 1
-    assert not torch.equal(first[0].images[0], first[1].images[0])
-    other = depthbatches.batch(data[Kind.MONO], replace(cut, seed=8), 0, scale)
-    assert not torch.equal(other.images[0], first[0].images[0])
-
-
-def test_every_epoch_shows_all_samples_once_in_an_order_of_its_own() -> None:
-    cut = Cut(4, (16, 16), 3)
-    shown = [index for step in range(5) for index in depthbatches.numbers(cut, step, 10)]
-    assert sorted(shown[:10]) == sorted(shown[10:]) == list(range(10)) and shown[:10] != shown[10:]
-
-
-def numbered(kind: Kind, height: int = 20, width: int = 48) -> Samples:
-    """Images whose first two colours are the row and the column, as is the truth: 200 row + column + 1."""
-    rows, columns = np.mgrid[:height, :width]
-    image = np.stack([rows, columns, columns * 0], -1).astype(np.uint8)
-    truth = (200 * rows + columns + 1).astype(np.float32)
-    valid = columns > 3
-    sample: DepthSample | StereoSample = DepthSample("x", image, truth, valid)
-    if kind is Kind.STEREO:
-        sample = StereoSample("x", image, image[::-1].copy(), truth, valid)
-    return Samples(kind, 1, "numbered", lambda _index: sample)
-
-
-@pytest.mark.parametrize("kind", list(Kind))
-def test_truth_stays_with_its_pixels(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depthbatches, "GAIN", 0.0)
-    monkeypatch.setattr(depthbatches, "GAMMA", 0.0)
-    flipped = set()
-    for step in range(12):
-        shown = depthbatches.batch(numbered(kind), Cut(1, (16, 32)), step)
-        rows, columns, _ = (255 * shown.images[0][0]).round()
-        truth, valid = shown.truth[0, 0], shown.valid[0, 0]
-        assert torch.equal(valid, columns > 3)
-        assert torch.equal(truth, torch.where(valid, 200 * rows + columns + 1, 0))
-        flipped.add(bool(columns[0, 0] > columns[0, 1]))
-        if kind is Kind.STEREO:
-            assert torch.equal((255 * shown.images[1][0, 0]).round(), 19 - rows)
-    assert flipped == ({False, True} if kind is Kind.MONO else {False})  # a mirrored pair is one for the other eye
-
-
-def test_large_single_images_are_shrunk_and_pairs_keep_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depthbatches, "GAIN", 0.0)
-    monkeypatch.setattr(depthbatches, "GAMMA", 0.0)
-    mono = depthbatches.batch(numbered(Kind.MONO, 40, 100), Cut(1, (20, 50)), 0)
-    columns = 255 * mono.images[0][0, 1]
-    assert float((columns[:, 1:] - columns[:, :-1]).abs().median()) == pytest.approx(2, abs=1e-3)
-    pair = depthbatches.batch(numbered(Kind.STEREO, 40, 100), Cut(1, (20, 50)), 0)
-    for shown, step in ((mono, 2), (pair, 1)):  # columns from one pixel to the next
-        both = shown.valid[0, 0, :, 1:] & shown.valid[0, 0, :, :-1]
-        assert set(shown.truth[0, 0].diff(dim=1).abs()[both].tolist()) == {step}
-
-
-def test_colours_vary_alike_in_a_pair() -> None:
-    image = np.full((16, 16, 3), 100, np.uint8)
-    truth, valid = np.ones((16, 16), np.float32), np.ones((16, 16), bool)
-    sample = StereoSample("x", image, image, truth, valid)
-    seen = []
-    for step in range(6):
-        left, right = depthbatches.batch(Samples(Kind.STEREO, 1, 0, lambda _: sample), Cut(1, (16, 16)), step).images
-        assert torch.equal(left, right)
-        seen.append(float(left[0, 0, 0, 0]))
-    assert len(set(seen)) == 6 and all(abs(value - 100 / 255) < 0.25 for value in seen)
-
-
-def test_unknown_truth_that_is_not_a_number_reaches_no_network() -> None:
-    image = np.zeros((16, 16, 3), np.uint8)
-    truth = np.full((16, 16), np.nan, np.float32)
-    truth[4:] = 2
-    sample = DepthSample("x", image, truth, np.isfinite(truth))
-    samples = Samples(Kind.MONO, 1, 0, lambda _: sample)
-    assert bool(depthbatches.batch(samples, Cut(2, (16, 16)), 0, LogScale()).truth.isfinite().all())
-    network = fresh(Kind.MONO)
-    assert len(list(depthtrain.train(network, samples, Training(2, 2, (16, 16))))) == 2
-
-
-def test_folders_of_the_other_kind_and_small_images_are_refused(tmp_path: Path) -> None:
-    pairs, images = kitti(tmp_path / "kitti"), diode(tmp_path / "diode")
-    with pytest.raises(ValueError, match="has pairs without depth in metres; use DIODE"):
-        depthbatches.of_folder(Kind.MONO, pairs)
-    with pytest.raises(ValueError, match="has single images, and a stereo network needs pairs"):
-        depthbatches.of_folder(Kind.STEREO, images)
-    samples = depthbatches.of_folder(Kind.STEREO, pairs, limit=1)
-    assert samples.count == 1 and depthbatches.of_folder(Kind.STEREO, pairs).count == 2
-    with pytest.raises(ValueError, match=r"000000_10\.png: 64x48 is smaller than the cut of 96x64; use a smaller"):
-        depthbatches.batch(samples, Cut(1, (64, 96)), 0)
-    network = fresh(Kind.STEREO)
-    assert len(list(depthtrain.train(network, samples, replace(PLANS[Kind.STEREO], steps=1, size=(32, 48))))) == 1
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
